@@ -1,0 +1,157 @@
+"""What a converted model is: its masks under `model.rblock`, its generated training forward, its class."""
+
+import dataclasses
+import functools
+import itertools
+import linecache
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rblock_fx.errors import ConversionError
+from rblock_fx.masks import Mask
+from rblock_fx.sites import Site
+from rblock_fx.swap import SwappedClass
+
+_numbers = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingForward:
+    """Source of the generated forward(self, ...), in which self is the original model, and the names it uses."""
+
+    source: str
+    names: dict[str, Any]
+
+    def compile(self, owner: str) -> Callable[..., Any]:
+        """Make the function; its source shows in tracebacks and under inspect.getsource."""
+        filename = f"<rblock_fx training forward {next(_numbers)} of {owner}>"
+        linecache.cache[filename] = (len(self.source), None, self.source.splitlines(keepends=True), filename)
+        names = dict(self.names)
+        exec(compile(self.source, filename, "exec"), names)
+        function: Callable[..., Any] = names["forward"]
+        return function
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Python modules cannot be pickled; their names can."""
+        names = {
+            key: _ModuleName(value.__name__) if isinstance(value, types.ModuleType) else value
+            for key, value in self.names.items()
+        }
+        return {"source": self.source, "names": names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        names = {
+            key: __import__(value.name, fromlist=["_"]) if isinstance(value, _ModuleName) else value
+            for key, value in state["names"].items()
+        }
+        self.__dict__.update(source=state["source"], names=names)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ModuleName:
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What apply_rblock was asked for and did.
+
+    Attributes:
+        method: name of the method.
+        calibration: how gamma follows from the drop probability.
+        batch_norm: "joint" or "per_submodel".
+        input_size: shape of one sample.
+        masks: each site, in forward order, with the names of its masks under `model.rblock`; several where the module
+            is called several times.
+        order: for each of them, its place in the order in which the user named the sites.
+        forward: the generated training forward.
+        early_fork_reason: why the batch doubles at the input; None where it doubles at the first mask.
+        cost: FLOPs of the training forward over those of the plain one.
+    """
+
+    method: str
+    calibration: str
+    batch_norm: str
+    input_size: tuple[int, ...]
+    masks: tuple[tuple[Site, tuple[str, ...]], ...]
+    order: tuple[int, ...]
+    forward: TrainingForward
+    early_fork_reason: str | None
+    cost: float
+
+
+class RBlock(nn.Module):
+    """The masks of a converted model: no parameters, no persistent buffers, nothing in the state_dict."""
+
+    conversion: Conversion
+
+    def forward(self, x: Any) -> Any:
+        """Give back what it takes: in an nn.Sequential the masks are its last child, which must change nothing."""
+        return x
+
+    def masks_of(self, position: int) -> list[Mask]:
+        """The masks of one site, numbered in forward order."""
+        return [
+            mask for name in self.conversion.masks[position][1] if isinstance(mask := self.get_submodule(name), Mask)
+        ]
+
+    def extra_repr(self) -> str:
+        """What all masks share."""
+        return f"method={self.conversion.method!r}, batch_norm={self.conversion.batch_norm!r}"
+
+
+class RBlockModel(SwappedClass):
+    """Mixin of a converted model: in train mode it runs the generated forward, in eval mode its own."""
+
+    rblock: RBlock
+
+    @classmethod
+    def swapped_class(cls, module: nn.Module) -> type[nn.Module]:
+        """A subclass of the model's own class, with its training forward."""
+        original = type(module)
+        if not isinstance(module.rblock, RBlock):
+            raise TypeError("the masks must be in place before the class is swapped")
+        training_forward = module.rblock.conversion.forward.compile(original.__name__)
+
+        @functools.wraps(original.forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self.training:
+                return training_forward(self, *args, **kwargs)
+            return original.forward(self, *args, **kwargs)
+
+        members = {
+            "forward": forward,
+            "training_forward": training_forward,
+            "original_class": original,
+            "__module__": original.__module__,
+            "__doc__": original.__doc__,
+        }
+        return type(f"RBlock{original.__name__}", (cls, original), members)
+
+
+def find_converted(model: nn.Module, call: str) -> tuple[RBlockModel, RBlock]:
+    """Find the converted model and its masks, also inside DistributedDataParallel, torch.compile and the like.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    inner: Any = model
+    while not isinstance(inner, RBlockModel):
+        children = inner._modules if isinstance(inner, nn.Module) else {}
+        inner = children.get("module", children.get("_orig_mod"))
+        if inner is None:
+            raise ConversionError(
+                f"{call}: {type(model).__name__} is not converted; expected a model that went through "
+                "apply_rblock: model = apply_rblock(model, sites=['layer3', 'layer4'])"
+            )
+    return inner, inner.rblock
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first parameter or buffer lies."""
+    first: Tensor | None = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device

@@ -1,0 +1,96 @@
+"""Models that cannot be converted as they stand, told apart before anything is done, each with its remedy."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from rblock_fx.conversion import RBlockModel, find_converted
+from rblock_fx.errors import ConversionError
+from rblock_fx.sites import Site
+
+
+def refuse_unconvertible(model: nn.Module) -> None:
+    """Refuse what is no model, converted already, or wrapped by a tool that must come after apply_rblock.
+
+    Raises:
+        ConversionError: with the call that would work.
+    """
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise ConversionError(
+            f"apply_rblock: expected a torch.nn.Module, got {name}: apply_rblock(timm.create_model('resnet50'))"
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, RBlockModel):
+            where = f"{path!r} of {name}" if path else name
+            raise ConversionError(
+                f"{where} is converted already; to convert it anew: apply_rblock(remove_rblock(model), ...). "
+                "To change the drop rate alone: set_drop_prob(model, 0.1)"
+            )
+    wrapper = _wrapper_of(model)
+    if wrapper is not None:
+        reason, remedy = wrapper
+        raise ConversionError(f"apply_rblock: {name} is {reason}; convert the model first: {remedy}")
+    if "rblock" in model._modules or hasattr(model, "rblock"):
+        raise ConversionError(f"{name} has an attribute 'rblock', where the masks would go; rename it first")
+    if type(model).__module__.startswith("torchvision.models.detection"):
+        raise ConversionError(
+            f"{name} is a detection model: it takes lists of images and gives losses, which have no pair of outputs. "
+            "Its backbone converts alone: apply_rblock(model.backbone)"
+        )
+
+
+def refuse_hooks_on_inlined(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Refuse forward hooks on a module around a site: the training forward runs through it without calling it.
+
+    Raises:
+        ConversionError: naming the module.
+    """
+    for site in sites:
+        names = site.path.split(".")
+        for path in (".".join(names[:depth]) for depth in range(1, len(names))):
+            module = model.get_submodule(path)
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise ConversionError(
+                    f"{path!r} has forward hooks, which would not run in train mode, since it contains the site "
+                    f"{site.path!r} and becomes part of the training forward. Remove them first, or hook the modules "
+                    "inside it."
+                )
+
+
+def _wrapper_of(model: nn.Module) -> tuple[str, str] | None:
+    """What wraps a model, and the order of calls that works."""
+    kind = type(model)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return f"wrapped in {kind.__name__}", f"{kind.__name__}(apply_rblock(model))"
+    if any("fsdp" in f"{base.__module__}.{base.__name__}".lower() for base in kind.__mro__):
+        return "sharded by FSDP", "fully_shard(apply_rblock(model))"
+    if "_orig_mod" in model._modules or model._compiled_call_impl is not None:
+        return "compiled", "torch.compile(apply_rblock(model))"
+    if isinstance(model, torch.jit.ScriptModule):
+        return "scripted", "apply_rblock takes the Python model; a script cannot be traced"
+    instance = vars(model)
+    if "_original_forward" in instance or "_hf_hook" in instance:
+        return "prepared by Accelerate", "accelerator.prepare(apply_rblock(model))"
+    if "forward" in instance:
+        return "patched with a forward of its own instance", "apply_rblock(model), then patch it"
+    return None
+
+
+def refuse_prepared(model: nn.Module) -> None:
+    """Refuse to un-convert what is not converted, wrapped, or has its forward pinned to the instance by a tool.
+
+    Raises:
+        ConversionError: with the call that would work.
+    """
+    inner: object = find_converted(model, "remove_rblock")[0]
+    if inner is not model:
+        raise ConversionError(
+            f"remove_rblock: {type(model).__name__} wraps the converted model; pass that: remove_rblock(model.module)"
+        )
+    if "forward" in vars(model):
+        raise ConversionError(
+            f"remove_rblock: {type(model).__name__} is prepared by Accelerate, which holds on to its forward; pass the "
+            "bare model: remove_rblock(accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
+        )

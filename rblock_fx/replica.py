@@ -1,0 +1,68 @@
+"""A copy of a model without its weights, on which everything is tried before the model itself is touched."""
+
+import contextlib
+import copy
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rblock_fx.errors import ConversionError
+
+META = torch.device("meta")
+
+
+def weightless_copy(model: nn.Module) -> nn.Module:
+    """Copy a model with every tensor on the meta device: same code and shapes, no memory, no side effects.
+
+    The user's hooks are left behind, since a copied hook would report shapes of batches that were never trained on.
+
+    Raises:
+        ConversionError: the model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in _tensors_of(module):
+            memo.setdefault(id(tensor), _without_data(tensor))
+    try:
+        replica = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ConversionError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); expected a model that "
+            "copy.deepcopy accepts, as averaging weights (EMA) needs too."
+        ) from error
+    for module in replica.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils")]:
+                del hooks[key]
+    return replica
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    for values in (module._parameters.values(), module._buffers.values(), vars(module).values()):
+        yield from (value for value in values if isinstance(value, Tensor))
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device=META)
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def meta_batch(rows: int, input_size: tuple[int, ...]) -> Tensor:
+    """A batch of `rows` samples without data."""
+    return torch.empty((rows, *input_size), device=META)
+
+
+@contextlib.contextmanager
+def dry_run() -> Iterator[None]:
+    """Run code on the meta device, outside of autograd and autocast, and leave the random generators as they were."""
+    python_state = random.getstate()
+    torch_state = torch.get_rng_state()
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), META:
+            yield
+    finally:
+        random.setstate(python_state)
+        torch.set_rng_state(torch_state)
