@@ -94,6 +94,7 @@ def remove_rblock(model: ModelT) -> ModelT:
         ConversionError: the model is not converted, or still prepared by Accelerate or wrapped.
     """
     refuse_prepared(model)
+    vars(model).pop("forward", None)
     del model._modules["rblock"]
     for module in model.modules():
         unswap(module)
@@ -117,15 +118,16 @@ def _build(
     drop_probs = dict(zip(asked, one_per_site("drop_prob", settings.drop_prob, len(asked)), strict=True))
     block_sizes = dict(zip(asked, one_per_site("block_size", settings.block_size, len(asked)), strict=True))
 
-    graph, nodes = trace_ancestors(replica, sites)
+    trace = trace_ancestors(replica, sites)
+    graph = trace.graph
     growth = probe_growth(graph, replica, input_size)
-    names = _mask_names({site: len(calls) for site, calls in nodes.items()})
+    names = _mask_names({site: len(calls) for site, calls in trace.nodes.items()})
     calls = insert_masks(
         graph,
         [
             MaskedNode(node, consumer, f"rblock.{name}")
             for site in sites
-            for (node, consumer), name in zip(nodes[site], names[site], strict=True)
+            for (node, consumer), name in zip(trace.nodes[site], names[site], strict=True)
         ],
     )
     fork = fork_batch(graph, calls, growth) if settings.mask_class.parts == 2 else Fork(frozenset(), None)
@@ -152,7 +154,7 @@ def _build(
         input_size=input_size,
         masks=tuple((site, names[site]) for site in sites),
         order=tuple(asked.index(site) for site in sites),
-        forward=TrainingForward(code.src, code.globals),
+        forward=TrainingForward(code.src, code.globals, trace.specialised),
         early_fork_reason=fork.reason,
         cost=math.nan,
     )
@@ -178,6 +180,7 @@ def _mask_names(calls: dict[Site, int]) -> dict[Site, tuple[str, ...]]:
 def _install(model: nn.Module, rblock: RBlock, trial: Trial) -> None:
     """Change the model: the only step that does, and none of it can fail."""
     rblock.conversion = dataclasses.replace(rblock.conversion, cost=trial.cost)
+    vars(model).pop("forward", None)  # at most the class's own, left there by Accelerate's unwrap_model
     model.add_module("rblock", rblock.to(device_of(model)).train(model.training))
     RBlockModel.swap(model)
     if rblock.conversion.batch_norm == "per_submodel":

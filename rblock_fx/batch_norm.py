@@ -26,11 +26,10 @@ class PerSubmodelBatchNorm(SwappedClass):
 
 @functools.cache
 def _subclass(original: Any) -> type[nn.Module]:
-    @functools.wraps(original.forward)
-    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
         if not self.training:
-            return original.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
-        return torch.cat([original.forward(self, half, *args, **kwargs) for half in x.chunk(2)])
+            return original.forward(self, x)  # type: ignore[no-any-return]
+        return torch.cat([original.forward(self, half) for half in x.chunk(2)])
 
     members = {"forward": forward, "original_class": original, "__module__": original.__module__}
     return type(f"PerSubmodel{original.__name__}", (PerSubmodelBatchNorm, original), members)

@@ -1,7 +1,7 @@
 """What a converted model is: its masks under `model.rblock`, its generated training forward, its class."""
 
 import dataclasses
-import functools
+import inspect
 import itertools
 import linecache
 import types
@@ -21,19 +21,21 @@ _numbers = itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class TrainingForward:
-    """Source of the generated forward(self, ...), in which self is the original model, and the names it uses."""
+    """The generated forward(self, ...), in which self is the original model.
+
+    Attributes:
+        source: Python source.
+        names: the global names that it uses.
+        specialised: the optional arguments of the original forward, and the values that the graph was traced with.
+    """
 
     source: str
     names: dict[str, Any]
+    specialised: dict[str, Any]
 
     def compile(self, owner: str) -> Callable[..., Any]:
         """Make the function; its source shows in tracebacks and under inspect.getsource."""
-        filename = f"<rblock_fx training forward {next(_numbers)} of {owner}>"
-        linecache.cache[filename] = (len(self.source), None, self.source.splitlines(keepends=True), filename)
-        names = dict(self.names)
-        exec(compile(self.source, filename, "exec"), names)
-        function: Callable[..., Any] = names["forward"]
-        return function
+        return _compile_function(self.source, self.names, f"training forward of {owner}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Python modules cannot be pickled; their names can."""
@@ -41,14 +43,14 @@ class TrainingForward:
             key: _ModuleName(value.__name__) if isinstance(value, types.ModuleType) else value
             for key, value in self.names.items()
         }
-        return {"source": self.source, "names": names}
+        return {"source": self.source, "names": names, "specialised": self.specialised}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         names = {
             key: __import__(value.name, fromlist=["_"]) if isinstance(value, _ModuleName) else value
             for key, value in state["names"].items()
         }
-        self.__dict__.update(source=state["source"], names=names)
+        self.__dict__.update(state, names=names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +117,9 @@ class RBlockModel(SwappedClass):
         original = type(module)
         if not isinstance(module.rblock, RBlock):
             raise TypeError("the masks must be in place before the class is swapped")
-        training_forward = module.rblock.conversion.forward.compile(original.__name__)
-
-        @functools.wraps(original.forward)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self.training:
-                return training_forward(self, *args, **kwargs)
-            return original.forward(self, *args, **kwargs)
-
+        generated = module.rblock.conversion.forward
+        training_forward = generated.compile(original.__name__)
+        forward = _switching_forward(original, training_forward, generated.specialised)
         members = {
             "forward": forward,
             "training_forward": training_forward,
@@ -131,6 +128,61 @@ class RBlockModel(SwappedClass):
             "__doc__": original.__doc__,
         }
         return type(f"RBlock{original.__name__}", (cls, original), members)
+
+
+def _switching_forward(
+    original: type[nn.Module], training_forward: Callable[..., Any], specialised: dict[str, Any]
+) -> Callable[..., Any]:
+    """Make forward(self, ...) with the very parameters of the original, which runs the one or the other.
+
+    It is written out because tools read a forward's parameters from its code (torch.fx), and take a function that names
+    another as __wrapped__ for a wrapper to be peeled off (Accelerate's unwrap_model).
+    """
+    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    defaults = {f"default_{p.name}": p.default for p in parameters if p.default is not p.empty}
+    written = [
+        stars.get(p.kind, "") + p.name + (f"=default_{p.name}" if f"default_{p.name}" in defaults else "")
+        for p in parameters
+    ]
+    keyword_only = [index for index, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY]
+    if keyword_only and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        written.insert(keyword_only[0], "*")
+    passed = {p.name: stars.get(p.kind, f"{p.name}=" if p.kind is p.KEYWORD_ONLY else "") + p.name for p in parameters}
+    traced = [argument for name, argument in passed.items() if name not in specialised]
+    check = f"check({', '.join(f'{name}={name}' for name in specialised)})" if specialised else "pass"
+    source = (
+        f"def forward({', '.join(['self', *written])}):\n"
+        f"    if self.training:\n"
+        f"        {check}\n"
+        f"        return training_forward({', '.join(['self', *traced])})\n"
+        f"    return original_forward({', '.join(['self', *passed.values()])})\n"
+    )
+
+    def check_specialised(**given: Any) -> None:
+        for name, value in given.items():
+            expected = specialised[name]
+            if value is not expected and not (type(value) is type(expected) and value == expected):
+                raise ConversionError(
+                    f"{original.__name__} was converted with {name}={expected!r}, got {name} of type "
+                    f"{type(value).__name__}; in train mode call model(images) without {name}, or remove_rblock(model)"
+                )
+
+    names = {"training_forward": training_forward, "original_forward": original.forward, "check": check_specialised}
+    forward = _compile_function(source, names | defaults, f"forward of RBlock{original.__name__}")
+    forward.__doc__ = original.forward.__doc__
+    forward.__annotations__ = dict(original.forward.__annotations__)
+    return forward
+
+
+def _compile_function(source: str, names: dict[str, Any], title: str) -> Callable[..., Any]:
+    """Make a function called forward whose source shows in tracebacks and under inspect.getsource."""
+    filename = f"<rblock_fx {next(_numbers)}: {title}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    scope = dict(names)
+    exec(compile(source, filename, "exec"), scope)
+    function: Callable[..., Any] = scope["forward"]
+    return function
 
 
 def find_converted(model: nn.Module, call: str) -> tuple[RBlockModel, RBlock]:

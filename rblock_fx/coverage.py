@@ -8,10 +8,18 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
 
 from rblock_fx.errors import SettingError
 
 CALIBRATIONS = ("exact", "eq6", "eq7")
+
+RateT = TypeVar("RateT", float, Tensor)
+
+_NEWTON_STEPS = 8
 
 
 def coverage(gamma: float, shape: Sequence[int], block_size: int) -> float:
@@ -50,15 +58,7 @@ def block_centre_probability(
     """
     if calibration == "exact":
         return _invert_coverage(drop_prob, shape, block_size)
-    per_block: float = drop_prob / block_size ** len(shape)
-    if calibration == "eq6":
-        return per_block
-    if min(shape) < block_size:
-        raise SettingError(
-            f"calibration='eq7' has no value for block_size={block_size} on a map of {'x'.join(map(str, shape))}: "
-            "Eq. 7 needs every side >= block_size. Use calibration='exact', which holds for every map."
-        )
-    return per_block * math.prod(shape) / math.prod(length - block_size + 1 for length in shape)
+    return _papers_gamma(drop_prob, shape, block_size, calibration)
 
 
 def _invert_coverage(drop_prob: float, shape: tuple[int, ...], block_size: int) -> float:
@@ -72,6 +72,48 @@ def _invert_coverage(drop_prob: float, shape: tuple[int, ...], block_size: int) 
             low = middle
         else:
             high = middle
+
+
+def compiled_block_centre_probability(
+    drop_prob: Tensor, shape: tuple[int, ...], block_size: int, calibration: str
+) -> Tensor:
+    """Gamma as a function of a 0-dim tensor, for maps whose size torch.compile meets, or leaves open, as it traces.
+
+    With u = ln(1 - gamma), the uncovered share mean(e^(v u)) is convex and rises with u, so Newton's steps from the
+    right of the root approach it without overshooting; eight of them reach float32's precision at every drop_prob < 1.
+    """
+    if calibration != "exact":
+        return _papers_gamma(drop_prob, shape, block_size, calibration)
+    volumes = _window_volume_map(shape, block_size, drop_prob.device)
+    kept = 1 - drop_prob
+    u = kept.log() / volumes.max()
+    for _ in range(_NEWTON_STEPS):
+        empty = (volumes * u).exp()
+        u = u - (empty.mean() - kept) / (volumes * empty).mean()
+    return -torch.expm1(u)
+
+
+def _papers_gamma(drop_prob: RateT, shape: tuple[int, ...], block_size: int, calibration: str) -> RateT:
+    """Eq. 6 and Eq. 7, with b^d and the sizes of d axes for the paper's b^2 and mn."""
+    per_block = drop_prob / float(block_size) ** len(shape)
+    if calibration == "eq6":
+        return per_block
+    if min(shape) < block_size:
+        raise SettingError(
+            f"calibration='eq7' has no value for block_size={block_size} on a map of {'x'.join(map(str, shape))}: "
+            "Eq. 7 needs every side >= block_size. Use calibration='exact', which holds for every map."
+        )
+    return per_block * math.prod(shape) / math.prod(length - block_size + 1 for length in shape)
+
+
+def _window_volume_map(shape: tuple[int, ...], block_size: int, device: torch.device) -> Tensor:
+    """The volume of the clipped window at every position of a map."""
+    k = block_size // 2
+    volumes = torch.ones((), device=device)
+    for length in shape:
+        i = torch.arange(length, device=device)
+        volumes = volumes.unsqueeze(-1) * ((i + k).clamp(max=length - 1) - (i - k).clamp(min=0) + 1)
+    return volumes
 
 
 @functools.lru_cache(maxsize=256)

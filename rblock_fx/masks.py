@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from rblock_fx.coverage import block_centre_probability
+from rblock_fx.coverage import block_centre_probability, compiled_block_centre_probability
 from rblock_fx.functional import dilate, draw_blocks, fork_and_mask, kept_scale, mask_parts
 
 Shape = tuple[int, ...]
@@ -99,7 +99,15 @@ class Mask(nn.Module):
 
     def gamma_for(self, map_size: Shape) -> Tensor | float:
         """Gamma of the map at hand, which is not the calibrated one when the images change size."""
-        return self.gamma if map_size == self.map_size else self.block_centre_probability(map_size)
+        if map_size == self.map_size:
+            return self.gamma
+        if torch.compiler.is_compiling():
+            return self.compiled_block_centre_probability(map_size)
+        return self.block_centre_probability(map_size)
+
+    def compiled_block_centre_probability(self, map_size: Shape) -> Tensor:
+        """Give gamma as a tensor that follows drop_prob without compiling anew."""
+        return compiled_block_centre_probability(self.rate, map_size, self.block_size, self.calibration)
 
     def extra_repr(self) -> str:
         """Every hyperparameter, and the gamma that follows from them."""
@@ -149,6 +157,10 @@ class SDropDML(Mask):
     def block_centre_probability(self, map_size: Shape) -> float:
         """Give gamma at which the blocks cover half of the map."""
         return block_centre_probability(0.5, map_size, self.block_size, "exact")
+
+    def compiled_block_centre_probability(self, map_size: Shape) -> Tensor:
+        """Give gamma at which the blocks cover half of the map."""
+        return compiled_block_centre_probability(torch.full_like(self.rate, 0.5), map_size, self.block_size, "exact")
 
 
 class CDropBlock(Mask):

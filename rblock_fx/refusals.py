@@ -73,9 +73,18 @@ def _wrapper_of(model: nn.Module) -> tuple[str, str] | None:
     instance = vars(model)
     if "_original_forward" in instance or "_hf_hook" in instance:
         return "prepared by Accelerate", "accelerator.prepare(apply_rblock(model))"
-    if "forward" in instance:
+    if has_pinned_forward(model):
         return "patched with a forward of its own instance", "apply_rblock(model), then patch it"
     return None
+
+
+def has_pinned_forward(model: nn.Module) -> bool:
+    """Whether a tool has put a forward of its own on the instance, past which a change of class would have no effect.
+
+    Accelerate's unwrap_model leaves the class's forward there, which pins nothing.
+    """
+    forward = vars(model).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(model).forward
 
 
 def refuse_prepared(model: nn.Module) -> None:
@@ -89,7 +98,7 @@ def refuse_prepared(model: nn.Module) -> None:
         raise ConversionError(
             f"remove_rblock: {type(model).__name__} wraps the converted model; pass that: remove_rblock(model.module)"
         )
-    if "forward" in vars(model):
+    if has_pinned_forward(model):
         raise ConversionError(
             f"remove_rblock: {type(model).__name__} is prepared by Accelerate, which holds on to its forward; pass the "
             "bare model: remove_rblock(accelerator.unwrap_model(model, keep_fp32_wrapper=False))"

@@ -40,9 +40,9 @@ def check_settings(
     _check_choice("method", method, tuple(METHODS))
     _check_choice("calibration", calibration, CALIBRATIONS)
     _check_choice("batch_norm", batch_norm, BATCH_NORMS)
-    for value in drop_prob if isinstance(drop_prob, Sequence) else [drop_prob]:
+    for value in _as_values(drop_prob):
         check_drop_prob(value, method)
-    for size in block_size if isinstance(block_size, Sequence) else [block_size]:
+    for size in _as_values(block_size):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
             raise SettingError(
                 f"block_size={size!r} is no odd positive integer: a block needs a centre, e.g. block_size=3"
@@ -72,13 +72,17 @@ def one_per_site(name: str, value: Any, sites: int) -> list[Any]:
     Raises:
         SettingError: another number of values.
     """
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [value] * sites
-    if len(value) != sites:
-        raise SettingError(
-            f"{name} has {len(value)} values {list(value)} for {sites} sites; give one value, or {sites}"
-        )
-    return list(value)
+    values = _as_values(value)
+    if len(values) == 1 and values[0] is value:
+        return values * sites
+    if len(values) != sites:
+        raise SettingError(f"{name} has {len(values)} values {values} for {sites} sites; give one value, or {sites}")
+    return values
+
+
+def _as_values(value: Any) -> list[Any]:
+    """The values of a list or tuple; anything else is one value."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

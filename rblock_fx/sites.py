@@ -88,13 +88,13 @@ def resolve_input_size(model: nn.Module, input_size: Sequence[int] | None) -> Sh
 
 def stages(model: nn.Module, survey: Survey) -> SiteList:
     """Take timm's feature_info where it names maps, else cut the graph."""
-    described = _feature_info(model)
     channels_last = getattr(model, "output_fmt", None) == "NHWC"
-    found: list[tuple[ModuleRun, int | None]] = []
-    for entry in described:
-        runs = [run for run in survey.runs_of(entry.get("module", "")) if is_map(run, survey)]
-        found += [(run, entry.get("num_chs")) for run in runs[-1:]]
-    if not found:
+    described = [(entry, survey.runs_of(entry.get("module", ""))) for entry in _feature_info(model)]
+    found: list[tuple[ModuleRun, int | None]]
+    if any(runs for _, runs in described):
+        # Where what timm calls stages are tokens, a patch embedding is no stage either.
+        found = [(runs[-1], entry.get("num_chs")) for entry, runs in described if runs and is_map(runs[-1], survey)]
+    else:
         found = [(run, None) for run in _last_cut_of_each_resolution(survey)]
     return SiteList(
         Site(index, run.path, _shape(run), _channel_axis(run, channels, channels_last), _share(run.flops, survey))
@@ -252,8 +252,9 @@ def _last_cut_of_each_resolution(survey: Survey) -> list[ModuleRun]:
     blocks = [
         run for run in maps if len(convolutions := _convolutions(run, survey)) > 1 and _shape(run)[1:] in convolutions
     ]
-    computed = {operation.convolution for operation in survey.operations}
-    candidates = blocks or [run for run in maps if _shape(run)[1:] in computed]
+    computed = [operation.convolution for operation in survey.operations if operation.convolution is not None]
+    # A single convolution is the patch embedding of a network of tokens.
+    candidates = blocks or [run for run in maps if _shape(run)[1:] in computed and len(computed) > 1]
     last: dict[Shape, ModuleRun] = {}
     for run in candidates:
         several = any(

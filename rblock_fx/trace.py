@@ -1,5 +1,6 @@
 """Ancestors-only tracing: a graph in which every module that holds no site inside stays a leaf."""
 
+import dataclasses
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -45,14 +46,24 @@ class SiteTracer(fx.Tracer):
         return output
 
 
-def trace_ancestors(
-    replica: nn.Module, sites: Sequence[Site]
-) -> tuple[fx.Graph, dict[Site, list[tuple[fx.Node, fx.Node | None]]]]:
-    """Trace the training forward of a weightless copy.
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A traced training forward.
 
-    Returns:
-        The graph, and for each site the nodes of its maps, each with the only consumer to mask it for (a classifier) or
-        None for all consumers.
+    Attributes:
+        graph: the graph.
+        nodes: for each site the nodes of its maps, each with the only consumer to mask it for (a classifier) or None
+            for all consumers.
+        specialised: the optional arguments of the forward and their defaults, which the graph has taken for granted.
+    """
+
+    graph: fx.Graph
+    nodes: dict[Site, list[tuple[fx.Node, fx.Node | None]]]
+    specialised: dict[str, Any]
+
+
+def trace_ancestors(replica: nn.Module, sites: Sequence[Site]) -> Trace:
+    """Trace the training forward of a weightless copy.
 
     Raises:
         ConversionError: the forward of the model, or of a module around a site, cannot be traced, or carries hooks.
@@ -84,4 +95,4 @@ def trace_ancestors(
                 "list_sites(model)."
             )
         nodes[site] = [(value.node, consumer) for value, consumer in records]
-    return graph, nodes
+    return Trace(graph, nodes, defaults)

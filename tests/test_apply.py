@@ -1,0 +1,335 @@
+"""A converted model trains as two sub-models and is otherwise the model that it was."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+import torchvision
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from rblock_fx import apply_rblock, describe, list_sites, remove_rblock, set_drop_prob, split_pair
+from rblock_fx.masks import METHODS, Mask
+from tests.oracles import Maps, recorded_masks, two_forwards
+
+MODELS = {
+    **{
+        f"timm/{name}": (lambda name=name: timm.create_model(name, num_classes=10))
+        for name in (
+            "resnet18",
+            "resnet50",
+            "efficientnet_b0",
+            "convnext_atto",
+            "densenet121",
+            "regnety_002",
+            "vgg16_bn",
+        )
+    },
+    **{
+        f"torchvision/{name}": (lambda name=name: torchvision.models.get_model(name, num_classes=10))
+        for name in ("resnet18", "vgg16", "mobilenet_v3_small", "densenet121")
+    },
+}
+
+
+class ConvNet(nn.Module):
+    """Residual, without batch statistics; one stage inside another module, one site inside another site."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Sequential(
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.GELU()),
+            nn.Sequential(nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.GELU(), nn.GroupNorm(3, 12)),
+        )
+        self.skip = nn.Conv2d(8, 12, 1, stride=2)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.body(x) + self.skip(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_models_of_the_issue(name):
+    model = MODELS[name]()
+    model.train()
+    x = torch.randn(2, 3, 64, 64)
+    model(x).sum().backward()
+    with_gradient = set(gradients(model))
+    model.zero_grad()
+    keys, own_class = list(model.state_dict()), type(model)
+    logits = model.eval()(x)
+    rng = torch.get_rng_state()
+
+    assert apply_rblock(model) is model
+
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert not model.training
+    assert torch.equal(model(x), logits)
+    assert list(model.state_dict()) == keys
+    assert isinstance(model, own_class)
+    output = model.train()(torch.randn(4, 3, 64, 64))
+    assert output.shape == (8, 10)
+    first, second = split_pair(output)
+    assert not torch.equal(first, second)
+    output.sum().backward()
+    assert set(gradients(model)) == with_gradient
+    assert describe(model).early_fork_reason is None
+    remove_rblock(model)
+    assert type(model) is own_class
+    assert torch.equal(model.eval()(x), copy.deepcopy(model)(x))
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].parts == 2 and METHODS[name].needs_map])
+@pytest.mark.parametrize("sites", [["body"], ["stem", "body.0", "body.1"], ["body.1", "skip"], ["body.0.0", "body"]])
+def test_the_doubled_forward_is_two_forwards_with_the_same_masks(method, sites):
+    plain = ConvNet().train()
+    model = apply_rblock(ConvNet().train(), sites, method=method, drop_prob=0.5, input_size=(3, 12, 12))
+    x = torch.randn(5, 3, 12, 12)
+    weight = torch.randn(10, 5)
+    with recorded_masks(model) as recorded:
+        output = model(x)
+    masks = {path: recorded[path.replace(".", "_")] for path in sites}
+    assert all((mask == 0).any() for mask in masks.values())
+    expected = two_forwards(plain, masks, x)
+    torch.testing.assert_close(output, expected)
+    (output * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(model)[name], gradient)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_nfnet"])
+def test_the_doubled_forward_of_timm_models_is_two_forwards(name):
+    torch.manual_seed(1)
+    plain = timm.create_model(name, num_classes=7).train()
+    model = apply_rblock(copy.deepcopy(plain), "all", drop_prob=0.4, input_size=(3, 96, 96))
+    x = torch.randn(3, 3, 96, 96)
+    with recorded_masks(model) as recorded:
+        output = model(x)
+    masks = {site.path: recorded[site.path.replace(".", "_")] for site in list_sites(plain)}
+    expected = two_forwards(plain, masks, x)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    output.square().sum().backward()
+    expected.square().sum().backward()
+    for key, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(model)[key], gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["r-drop", "c-drop"])
+def test_the_head_masks_the_input_of_the_classifier(method):
+    plain = ConvNet().train()
+    model = apply_rblock(ConvNet().train(), method=method, drop_prob=0.4, input_size=(3, 12, 12))
+    assert [site.path for site in describe(model).sites] == ["fc (input)"]
+    x = torch.randn(5, 3, 12, 12)
+    with recorded_masks(model) as recorded:
+        output = model(x)
+    inputs = []
+    plain.fc.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
+    plain(x)
+    expected = nn.functional.linear(torch.cat((inputs[0], inputs[0])) * recorded["fc"], plain.fc.weight, plain.fc.bias)
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("method", ["dropout", "spatialdropout", "dropblock"])
+def test_single_model_methods_do_not_double(method):
+    model = apply_rblock(ConvNet().train(), ["body"], method=method, drop_prob=0.5, input_size=(3, 12, 12))
+    x = torch.randn(5, 3, 12, 12)
+    assert model(x).shape == (5, 5)
+    assert not torch.equal(model(x), model(x))
+    assert torch.equal(model.eval()(x), ConvNet().eval()(x))
+
+
+def test_remove_is_the_inverse():
+    model, plain = ConvNet(), ConvNet()
+    attributes = set(vars(model))
+    apply_rblock(model, ["body.1"], input_size=(3, 12, 12), batch_norm="per_submodel")
+    model.train()(torch.randn(2, 3, 12, 12)).sum().backward()
+    assert remove_rblock(model) is model
+    assert type(model) is ConvNet
+    assert set(vars(model)) == attributes
+    assert repr(model) == repr(plain)
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
+    x = torch.randn(2, 3, 12, 12)
+    assert torch.equal(model.train()(x), plain.train()(x))
+    apply_rblock(model, ["body.0"], input_size=(3, 12, 12))
+    assert model(x).shape == (4, 5)
+
+
+def test_checkpoints_load_into_the_plain_model_and_back():
+    model = apply_rblock(timm.create_model("test_resnet", num_classes=5))
+    plain = timm.create_model("test_resnet", num_classes=5)
+    plain.load_state_dict(model.state_dict(), strict=True)
+    model.load_state_dict(plain.state_dict(), strict=True)
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert [name for name, _ in model.named_buffers() if not name.startswith("rblock.")] == [
+        name for name, _ in plain.named_buffers()
+    ]
+    assert model.pretrained_cfg == plain.pretrained_cfg
+    assert model.get_classifier() is model.fc
+
+
+def test_copies_and_pickles_are_converted_too():
+    model = apply_rblock(timm.create_model("test_resnet", num_classes=5), "all", batch_norm="per_submodel").train()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
+    x = torch.randn(2, 3, 64, 64)
+    torch.manual_seed(7)
+    expected = copy.deepcopy(model)(x)
+    for duplicate in copies:
+        assert duplicate.rblock is not model.rblock
+        torch.manual_seed(7)
+        assert torch.equal(duplicate(x), expected)
+        assert str(describe(duplicate)) == str(describe(model))
+        remove_rblock(duplicate)
+        assert type(duplicate) is timm.models.resnet.ResNet
+        assert {type(module) for module in duplicate.modules()} == {
+            type(module) for module in timm.create_model("test_resnet").modules()
+        }
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiled_whole_with_one_graph_for_a_schedule_of_rates(backend):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = apply_rblock(Maps(), "stage", input_size=(16, 9, 9)).train()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for drop_prob in torch.linspace(0, 0.5, 12).tolist():
+        set_drop_prob(model, drop_prob)
+        first, second = split_pair(compiled(torch.ones(32, 16, 9, 9)))
+        assert not ((first == 0) & (second == 0)).any()
+        assert (first == 0).any() == (drop_prob > 0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(first.flatten(1).mean(1), torch.ones(32))
+
+
+@pytest.mark.parametrize("calibration", ["exact", "eq6"])
+def test_compiled_training_on_images_of_another_size_gets_the_rate_asked_for(calibration):
+    torch._dynamo.reset()
+    model = apply_rblock(Maps(), "stage", method="dropblock", calibration=calibration, input_size=(16, 9, 9)).train()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(torch.ones(2, 16, 9, 9))
+    for drop_prob in (0.1, 0.4):
+        set_drop_prob(model, drop_prob)
+        both = []
+        for run in (model, compiled):
+            dropped = (run(torch.ones(2000, 16, 6, 4)) == 0).flatten(1).double().mean(1)
+            both.append((dropped.mean().item(), dropped.var().item() / 2000))
+        assert abs(both[0][0] - both[1][0]) < 4 * (both[0][1] + both[1][1]) ** 0.5
+
+
+def test_the_training_forward_can_be_read():
+    model = apply_rblock(timm.create_model("test_resnet"), ["layer3"])
+    code = describe(model).code
+    assert "self.rblock.layer3(" in code
+    assert inspect.getsource(type(model).training_forward).strip() == code.strip()
+    assert "print(describe(model).code)" in str(describe(model))
+    own = inspect.signature(timm.create_model("test_resnet").forward)
+    assert list(inspect.signature(model.forward).parameters) == list(own.parameters)
+
+
+def test_fx_tools_read_a_converted_model_as_the_plain_one():
+    plain = torchvision.models.resnet18(weights=None).eval()
+    model = apply_rblock(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(torch.fx.symbolic_trace(model.eval())(x), plain(x))
+    extractors = [
+        create_feature_extractor(network, ["layer2", "layer4"], tracer_kwargs={"leaf_modules": [Mask]})
+        for network in (plain, model)
+    ]
+    wanted, got = (extractor.eval()(x) for extractor in extractors)
+    assert {name: torch.equal(got[name], leaf) for name, leaf in wanted.items()} == {"layer2": True, "layer4": True}
+    assert extractors[1].train()(x)["layer4"].shape == (4, 512, 2, 2)
+
+
+def test_accelerate_gives_back_a_model_that_still_trains_as_two():
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare(apply_rblock(timm.create_model("test_resnet", num_classes=5)))
+    x = torch.randn(2, 3, 64, 64)
+    assert model.train()(x).shape == (4, 5)
+    assert model.eval()(x).shape == (2, 5)
+    for keep in (True, False):
+        bare = accelerator.unwrap_model(model, keep_fp32_wrapper=keep)
+        assert bare.train()(x).shape == (4, 5)
+        assert torch.equal(bare.eval()(x), bare(x))
+
+
+def test_an_nn_sequential_stays_the_network_that_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 36, 3))
+    x = torch.randn(2, 3, 8, 8)
+    expected = model.eval()(x)
+    apply_rblock(model, ["1"], input_size=(3, 8, 8))
+    assert torch.equal(model(x), expected)
+    assert model.train()(x).shape == (4, 3)
+
+
+def test_list_sites_is_data_and_prints_as_a_table():
+    sites = list_sites(timm.create_model("resnet50"))
+    assert [(site.index, site.path, site.shape, site.channel_axis) for site in sites[-2:]] == [
+        (3, "layer3", (1024, 14, 14), 1),
+        (4, "layer4", (2048, 7, 7), 1),
+    ]
+    assert [site.path for site in sites] == ["act1", "layer1", "layer2", "layer3", "layer4"]
+    assert sites[3].cost_before == pytest.approx(0.80, abs=0.01)
+    lines = str(sites).splitlines()
+    assert lines[0].split() == ["index", "path", "shape", "channel_axis", "cost_before"]
+    assert lines[-1].split() == ["4", "layer4", "2048x7x7", "1", "99.9%"]
+    assert [site.shape for site in list_sites(timm.create_model("resnet18"), (3, 64, 64))][-1] == (512, 2, 2)
+
+
+STAGES = {
+    "resnet18": ["layer1", "layer2", "layer3", "layer4"],
+    "vgg16": ["features.3", "features.8", "features.15", "features.22", "features.29"],
+    "densenet121": [f"features.denseblock{i}" for i in (1, 2, 3, 4)],
+    "mobilenet_v2": ["features.1", "features.3", "features.6", "features.13", "features.17"],
+    "mobilenet_v3_small": ["features.1", "features.3", "features.8", "features.11"],
+    "efficientnet_b0": ["features.1", "features.2", "features.3", "features.5", "features.7"],
+    "googlenet": ["inception3b", "inception4e", "inception5b"],
+    "alexnet": ["features.1", "features.4", "features.11"],
+    "squeezenet1_1": ["features.4", "features.7", "features.12"],
+    "convnext_tiny": ["features.1", "features.3", "features.5", "features.7"],
+    "regnet_y_400mf": [f"trunk_output.block{i}" for i in (1, 2, 3, 4)],
+    "shufflenet_v2_x0_5": ["stage2", "stage3", "stage4"],
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_without_feature_info_are_the_last_cut_of_each_resolution(name):
+    options = {"init_weights": False} if name == "googlenet" else {}
+    model = torchvision.models.get_model(name, weights=None, **options)
+    assert [site.path for site in list_sites(model)] == STAGES[name]
+
+
+def test_the_fork_costs_what_the_design_says():
+    def cifar_resnet18():
+        model = timm.create_model("resnet18", num_classes=10)
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+        return model.train()
+
+    def training_flops(model):
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(2, 3, 32, 32)).sum().backward()
+        return counter.get_total_flops()
+
+    plain = training_flops(cifar_resnet18())
+    for sites, ratio in [(["layer3", "layer4"], 1.24), ("layer[1234]", 1.73)]:
+        model = apply_rblock(cifar_resnet18(), sites, input_size=(3, 32, 32))
+        assert training_flops(model) / plain == pytest.approx(ratio, abs=0.005)
+        assert describe(model).cost == pytest.approx(ratio, abs=0.01)

@@ -1,0 +1,300 @@
+"""Everything that is refused, with the call that would work in the message, and the model left as it was."""
+
+import re
+
+import pytest
+import timm
+import torch
+import torchvision
+from accelerate import Accelerator
+from torch import nn
+
+from rblock_fx import (
+    ConversionError,
+    DropSchedule,
+    RBlockError,
+    SettingError,
+    SiteError,
+    apply_rblock,
+    describe,
+    list_sites,
+    remove_rblock,
+    set_drop_prob,
+)
+from tests.oracles import Maps
+
+
+def snapshot(model):
+    """All that an error must leave alone."""
+    return (
+        type(model),
+        [(name, id(module), type(module), module.training) for name, module in model.named_modules()],
+        [(name, id(value), value._version) for name, value in [*model.named_parameters(), *model.named_buffers()]],
+        [sorted(vars(module)) for module in model.modules()],
+        [(list(m._forward_hooks), list(m._forward_pre_hooks), list(m._backward_hooks)) for m in model.modules()],
+        torch.get_rng_state().tolist(),
+    )
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    return timm.create_model("test_resnet", num_classes=5)
+
+
+SETTINGS = [
+    ({"method": "bdropdm"}, r"unknown method 'bdropdm'; expected one of .*'sdropdml'.*did you mean 'bdropdml'\?"),
+    ({"calibration": "eq8"}, r"unknown calibration 'eq8'; expected one of 'exact', 'eq6', 'eq7'"),
+    ({"batch_norm": "split"}, r"unknown batch_norm 'split'; expected one of 'joint', 'per_submodel'"),
+    *[
+        ({"drop_prob": value}, rf"drop_prob={re.escape(repr(value))} is no probability in \[0, 1\), e.g. drop_prob=0.2")
+        for value in (-0.1, 1.0, 1, 1.5, float("nan"), float("inf"), "0.2", None, True)
+    ],
+    ({"drop_prob": [0.1, 2.0]}, r"drop_prob=2.0 is no probability"),
+    ({"drop_prob": [0.1, 0.2, 0.3]}, r"drop_prob has 3 values \[0.1, 0.2, 0.3\] for 2 sites; give one value, or 2"),
+    ({"block_size": [3]}, r"block_size has 1 values \[3\] for 2 sites"),
+    *[
+        ({"block_size": value}, rf"block_size={re.escape(repr(value))} is no odd positive integer.*block_size=3")
+        for value in (0, 2, -3, 3.0, "3", True, None)
+    ],
+    ({"method": "c-drop", "drop_prob": 0.6}, r"drop_prob=0.6 is too large for method='c-drop'.*at most 0.5"),
+    ({"calibration": "eq7", "block_size": 7}, r"calibration='eq7' has no value for block_size=7 on a map of 5x5"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), SETTINGS)
+def test_settings_outside_their_range(resnet, options, message):
+    before = snapshot(resnet)
+    with pytest.raises(SettingError, match=message):
+        apply_rblock(resnet, **options)
+    assert snapshot(resnet) == before
+
+
+SITES = [
+    (
+        ["layer5"],
+        r"ResNet has no module 'layer5'; did you mean 'layer\d'.*Stages are \[.*'layer4'\].*list_sites\(model\)",
+    ),
+    ("layr3", r"has no module 'layr3'; did you mean 'layer3'"),
+    ([], r"sites=\[\] names no site"),
+    ((), r"sites=\(\) names no site"),
+    ("", r"has no module ''"),
+    ([7], r"site 7 is no stage of ResNet"),
+    ([-9], r"site -9 is no stage"),
+    ([True], r"site True is a bool"),
+    ([2.0], r"site 2.0 is a float"),
+    ("blocks.*", r"no feature map of ResNet matches 'blocks\.\*'"),
+    ("fc", r"the output of 'fc' is no feature map: expected 4 axes .* got \('N', 5\).*sites='head'"),
+    ("global_pool", r"the output of 'global_pool' is no feature map"),
+    ("layer1.0.drop_path", None),
+    (["layer4", "layer4.0"], r"sites 'layer4' and 'layer4.0' are one and the same map"),
+    ("head", r"sites='head': the input of 'fc' is no feature map for method='bdropdml'.*method='r-drop'"),
+]
+
+
+@pytest.mark.parametrize(("sites", "message"), [case for case in SITES if case[1]])
+def test_sites_that_cannot_be(resnet, sites, message):
+    before = snapshot(resnet)
+    with pytest.raises(SiteError, match=message):
+        apply_rblock(resnet, sites)
+    assert snapshot(resnet) == before
+
+
+def test_a_module_that_never_runs():
+    class Idle(Maps):
+        def __init__(self):
+            super().__init__()
+            self.idle = nn.Conv2d(3, 3, 1)
+
+    with pytest.raises(SiteError, match="module 'idle' never runs in a forward pass"):
+        apply_rblock(Idle(), "idle")
+
+
+def test_a_model_without_a_stage():
+    vit = timm.create_model("test_vit", num_classes=5)
+    assert len(list_sites(vit)) == 0
+    with pytest.raises(SiteError, match=r"VisionTransformer has no stage with a feature map.*method='r-drop'"):
+        apply_rblock(vit)
+    with pytest.raises(SiteError, match="VisionTransformer has no stage"):
+        apply_rblock(vit, "all")
+    with pytest.raises(SiteError, match=r"the output of 'blocks.1' is no feature map: .* got \('N', \d+, \d+\)"):
+        apply_rblock(vit, "blocks.1")
+
+
+def test_a_head_that_is_not_there():
+    headless = timm.create_model("test_resnet", num_classes=0)
+    with pytest.raises(SiteError, match="sites='head': ResNet has no classifier that runs"):
+        apply_rblock(headless, method="r-drop")
+
+
+def test_an_input_size_that_does_not_fit(resnet):
+    before = snapshot(resnet)
+    with pytest.raises(
+        ConversionError, match=r"ResNet does not run on a batch of \('N', 5, 32, 32\).*\n.*input_size=\("
+    ):
+        apply_rblock(resnet, input_size=(5, 32, 32))
+    with pytest.raises(SiteError, match=r"input_size=\(3,\) is not the shape of one sample"):
+        apply_rblock(resnet, input_size=(3,))
+    with pytest.raises(SiteError, match=r"input_size=\(3, 0, 32\) is not the shape"):
+        apply_rblock(resnet, input_size=(3, 0, 32))
+    assert snapshot(resnet) == before
+
+
+def test_a_converted_model_is_not_converted_again():
+    model = apply_rblock(timm.create_model("test_resnet"))
+    before = snapshot(model)
+    with pytest.raises(
+        ConversionError, match=r"RBlockResNet is converted already.*remove_rblock\(model\).*set_drop_prob"
+    ):
+        apply_rblock(model)
+    assert snapshot(model) == before
+    with pytest.raises(ConversionError, match="'0' of Sequential is converted already"):
+        apply_rblock(nn.Sequential(model))
+
+
+def wrap_ddp(model):
+    return nn.DataParallel(model)
+
+
+def compile_in_place(model):
+    model.compile()
+    return model
+
+
+WRAPPERS = [
+    (nn.DataParallel, r"DataParallel is wrapped in DataParallel; .* DataParallel\(apply_rblock\(model\)\)"),
+    (torch.compile, r"is compiled; convert the model first: torch.compile\(apply_rblock\(model\)\)"),
+    (compile_in_place, r"ResNet is compiled; convert the model first"),
+    (
+        lambda model: Accelerator(cpu=True, mixed_precision="bf16").prepare(model),
+        r"ResNet is prepared by Accelerate; convert the model first: accelerator.prepare\(apply_rblock\(model\)\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrap", "message"), WRAPPERS)
+def test_wrapped_models(wrap, message):
+    model = wrap(timm.create_model("test_resnet"))
+    before = snapshot(model)
+    with pytest.raises(ConversionError, match=message):
+        apply_rblock(model)
+    assert snapshot(model) == before
+
+
+def test_a_model_in_distributed_data_parallel(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(timm.create_model("test_resnet"))
+        with pytest.raises(ConversionError, match=r"wrapped in DistributedDataParallel; convert the model first"):
+            apply_rblock(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_what_is_no_model_and_what_cannot_be():
+    with pytest.raises(ConversionError, match=r"expected a torch.nn.Module, got str: apply_rblock\(timm.create_model"):
+        apply_rblock("resnet50")
+    detector = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+    with pytest.raises(ConversionError, match=r"SSD is a detection model.*apply_rblock\(model.backbone\)"):
+        apply_rblock(detector)
+    named = Maps()
+    named.rblock = 3
+    with pytest.raises(ConversionError, match="Maps has an attribute 'rblock'"):
+        apply_rblock(named, "stage")
+
+
+def test_a_forward_that_cannot_be_traced():
+    class Branching(Maps):
+        def forward(self, x):
+            return self.stage(x) if x.sum() > 0 else x
+
+    class Unrolled(Maps):
+        def forward(self, x):
+            for sample in x:
+                assert sample.dim() == 3
+            return self.stage(x)
+
+    before = snapshot(model := Unrolled())
+    with pytest.raises(
+        ConversionError, match=r"forward of Unrolled.* cannot be traced .*Choose sites that lie less deep"
+    ):
+        apply_rblock(model, "stage", input_size=(3, 8, 8))
+    assert snapshot(model) == before
+    with pytest.raises(ConversionError, match="Branching does not run on a batch"):
+        apply_rblock(Branching(), "stage", input_size=(3, 8, 8))
+
+
+def test_hooks_on_a_module_that_would_be_inlined():
+    model = torchvision.models.vgg11(weights=None)
+    model.features.register_forward_hook(lambda *_: None)
+    before = snapshot(model)
+    with pytest.raises(ConversionError, match=r"'features' has forward hooks, .* contains the site 'features\.\d+'"):
+        apply_rblock(model)
+    assert snapshot(model) == before
+
+
+def test_a_network_that_mixes_the_samples_of_a_batch():
+    class Mixing(Maps):
+        def forward(self, x):
+            return self.stage(x).sum(0, keepdim=True)
+
+    with pytest.raises(
+        ConversionError, match=r"generated for Mixing gives \[\(1, 3, 8, 8\)\], expected \[\(2, 3, 8, 8\)\]"
+    ):
+        apply_rblock(Mixing(), "stage", input_size=(3, 8, 8))
+
+
+def test_the_users_hooks_do_not_see_the_dry_runs():
+    model, seen = timm.create_model("test_resnet"), []
+    model.layer4.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape))
+    model.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape))
+    apply_rblock(model)
+    list_sites(model)
+    assert seen == []
+    model.train()(torch.randn(2, 3, 64, 64))
+    assert [shape[0] for shape in seen] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [describe, remove_rblock, lambda model: set_drop_prob(model, 0.1), lambda model: DropSchedule(model, 0, 0.1, 10)],
+)
+def test_calls_that_need_a_converted_model(resnet, call):
+    with pytest.raises(ConversionError, match=r"ResNet is not converted; .*model = apply_rblock\(model, sites="):
+        call(resnet)
+
+
+def test_remove_wants_the_bare_model():
+    model = apply_rblock(timm.create_model("test_resnet"))
+    with pytest.raises(ConversionError, match=r"DataParallel wraps the converted model.*remove_rblock\(model.module\)"):
+        remove_rblock(nn.DataParallel(model))
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    with pytest.raises(ConversionError, match=r"prepared by Accelerate.*keep_fp32_wrapper=False"):
+        remove_rblock(prepared)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    bare = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert type(remove_rblock(bare)) is timm.models.resnet.ResNet
+
+
+def test_a_bad_drop_prob_changes_no_site():
+    model = apply_rblock(timm.create_model("test_resnet"), [3, 4], drop_prob=[0.1, 0.2])
+    for value in ([0.3, 1.5], [0.3], "0.3", float("nan")):
+        with pytest.raises(SettingError):
+            set_drop_prob(model, value)
+    assert [site.drop_prob for site in describe(model).sites] == [0.1, 0.2]
+    for arguments in ((-0.1, 0.2, 10), (0, 1, 10), (0, 0.2, 0), (0, 0.2, 1.5)):
+        with pytest.raises(SettingError):
+            DropSchedule(model, *arguments)
+    assert [site.drop_prob for site in describe(model).sites] == [0.1, 0.2]
+
+
+def test_every_error_is_a_value_error():
+    assert issubclass(RBlockError, ValueError)
+    assert all(issubclass(error, RBlockError) for error in (SettingError, SiteError, ConversionError))
+
+
+def test_a_model_that_accelerate_has_unwrapped_converts():
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare(timm.create_model("test_resnet", num_classes=5))
+    bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    assert apply_rblock(bare).train()(torch.randn(2, 3, 64, 64)).shape == (4, 5)

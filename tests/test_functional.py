@@ -1,0 +1,134 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rblock_fx import apply_rblock
+from rblock_fx.functional import dilate, fork_and_mask, kept_scale, mask_parts
+from tests.oracles import Maps, recorded_masks
+
+seeds = st.integers(0, 2**31)
+
+# float32 sums of two terms that may cancel, against float64.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def factors(seed, parts_channel, parts_spatial, rows, channels, size, axis=1):
+    generator = torch.Generator().manual_seed(seed)
+    ones = [1] * len(size)
+    channel = torch.rand((parts_channel, rows, channels, *ones), generator=generator) < 0.5
+    spatial = torch.rand((parts_spatial, rows, 1, *size), generator=generator) < 0.3
+    scale = kept_scale(channel, spatial).expand(2, rows, 1, *ones)
+    if axis == -1:
+        channel, spatial, scale = (factor.movedim(2, -1) for factor in (channel, spatial, scale))
+    return channel, spatial, scale
+
+
+def dense(channel, spatial, scale):
+    """The masks as tensors of (2N, C, *S), element by element as section 3 writes them."""
+    return ((1 - channel.double() * spatial.double()) * scale.double()).flatten(0, 1)
+
+
+cases = st.tuples(
+    seeds,
+    st.sampled_from([(2, 1), (1, 2), (2, 2)]),
+    st.integers(1, 5),
+    st.integers(1, 6),
+    st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    st.sampled_from([1, -1]),
+)
+
+
+@given(cases)
+def test_fork_and_mask_is_both_masks_times_x(case):
+    seed, parts, rows, channels, size, axis = case
+    channel, spatial, scale = factors(seed, *parts, rows, channels, size, axis)
+    shape = (rows, channels, *size) if axis == 1 else (rows, *size, channels)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    masks = dense(channel, spatial, scale)
+    output = fork_and_mask(x, channel, spatial, scale)
+    torch.testing.assert_close(output.double(), torch.cat((x, x)).double() * masks)
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed + 1))
+    (gradient,) = torch.autograd.grad((output * weight).sum(), x)
+    torch.testing.assert_close(gradient.double(), (weight.double() * masks).unflatten(0, (2, rows)).sum(0), **CLOSE)
+
+
+@given(cases)
+def test_masking_behind_the_fork_is_each_mask_times_its_half(case):
+    seed, parts, rows, channels, size, axis = case
+    channel, spatial, scale = factors(seed, *parts, rows, channels, size, axis)
+    shape = (2 * rows, channels, *size) if axis == 1 else (2 * rows, *size, channels)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    masks = dense(channel, spatial, scale)
+    output = mask_parts(x, channel, spatial, scale)
+    torch.testing.assert_close(output.double(), x.double() * masks)
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed + 1))
+    (gradient,) = torch.autograd.grad((output * weight).sum(), x)
+    torch.testing.assert_close(gradient.double(), weight.double() * masks, **CLOSE)
+
+
+@pytest.mark.parametrize("operation", [fork_and_mask, mask_parts])
+def test_gradients_of_first_and_second_order(operation):
+    rows = 2
+    channel, spatial, scale = factors(5, 2, 1, rows, 3, [4, 4])
+    x = torch.randn(rows if operation is fork_and_mask else 2 * rows, 3, 4, 4, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: operation(x, channel, spatial, scale.double()), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: operation(x, channel, spatial, scale.double()), (x,))
+
+
+def test_the_gradient_of_ones_is_the_sum_of_the_masks():
+    model = apply_rblock(Maps(), "stage", input_size=(16, 9, 9)).train()
+    x = torch.ones(4, 16, 9, 9, requires_grad=True)
+    with recorded_masks(model) as masks:
+        model(x).sum().backward()
+    torch.testing.assert_close(x.grad, masks["stage"].unflatten(0, (2, 4)).sum(0))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 700])
+def test_the_cpu_chunks_make_no_difference(rows):
+    channel, spatial, scale = factors(1, 2, 1, rows, 8, [5, 5])
+    x = torch.randn(rows, 8, 5, 5)
+    expected = torch.cat((x, x)).double() * dense(channel, spatial, scale)
+    torch.testing.assert_close(fork_and_mask(x, channel, spatial, scale).double(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_dtype_stays_and_is_rounded_once(dtype):
+    channel, spatial, scale = factors(2, 1, 2, 4, 8, [5, 5])
+    x = torch.randn(4, 8, 5, 5, dtype=dtype)
+    output = fork_and_mask(x, channel, spatial, scale)
+    assert output.dtype == dtype
+    exact = torch.where(
+        dense(channel, spatial, scale) == 0, 0.0, torch.cat((x, x)).double() * dense(channel, spatial, scale)
+    )
+    torch.testing.assert_close(output.double(), exact, rtol=torch.finfo(dtype).eps * 1.01, atol=1e-7)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_the_memory_format_stays(memory_format):
+    channel, spatial, scale = factors(3, 2, 1, 4, 8, [5, 5])
+    x = torch.randn(4, 8, 5, 5).to(memory_format=memory_format).requires_grad_()
+    output = fork_and_mask(x, channel, spatial, scale)
+    assert output.is_contiguous(memory_format=memory_format)
+    output.backward(torch.ones_like(output))
+    torch.testing.assert_close(output.double(), torch.cat((x, x)).double() * dense(channel, spatial, scale))
+
+
+def test_backward_keeps_the_factors_and_no_mask():
+    model = apply_rblock(Maps(), "stage", input_size=(32, 16, 16)).train()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        model(torch.ones(8, 32, 16, 16, requires_grad=True))
+    assert saved
+    assert max(saved) <= max(2 * 8 * 32, 8 * 16 * 16)
+
+
+@given(st.sampled_from([1, 3, 5, 7]), st.lists(st.integers(1, 8), min_size=1, max_size=3), seeds)
+def test_dilate_grows_each_centre_to_a_clipped_cube(block_size, size, seed):
+    centres = torch.rand((2, 1, *size), generator=torch.Generator().manual_seed(seed)) < 0.1
+    grown = dilate(centres, block_size)
+    k = block_size // 2
+    expected = torch.zeros_like(centres)
+    for n, _, *position in centres.nonzero().tolist():
+        expected[(n, 0, *(slice(max(i - k, 0), i + k + 1) for i in position))] = True
+    assert torch.equal(grown, expected)
