@@ -1,24 +1,22 @@
 """apply_rblock and remove_rblock: the order of the steps."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import TypeVar
 
 from torch import nn
 
 from rblock_fx.batch_norm import PerSubmodelBatchNorm
+from rblock_fx.build import build
 from rblock_fx.check import Trial, try_out
-from rblock_fx.conversion import Conversion, RBlock, RBlockModel, TrainingForward, device_of
+from rblock_fx.conversion import RBlock, RBlockModel, device_of
 from rblock_fx.errors import SiteError
-from rblock_fx.fork import Fork, MaskedNode, fork_batch, insert_masks, probe_growth
 from rblock_fx.refusals import refuse_hooks_on_inlined, refuse_prepared, refuse_unconvertible
 from rblock_fx.replica import weightless_copy
-from rblock_fx.settings import Settings, check_settings, one_per_site
+from rblock_fx.settings import Settings, check_settings
 from rblock_fx.sites import HEAD, Site, Sites, resolve_input_size, resolve_sites
-from rblock_fx.survey import Shape, survey_forward
+from rblock_fx.survey import survey_forward
 from rblock_fx.swap import unswap
-from rblock_fx.trace import trace_ancestors
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -75,7 +73,7 @@ def apply_rblock(
     refuse_hooks_on_inlined(model, asked)
 
     in_forward_order = sorted(asked, key=lambda site: survey.position(site.path))
-    rblock = _build(replica, in_forward_order, asked, settings, size)
+    rblock = build(replica, in_forward_order, asked, settings, size)
     trial = try_out(replica, rblock, size, settings.mask_class.parts)
     _install(model, rblock, trial)
     return model
@@ -109,72 +107,6 @@ def _refuse_unsuitable(sites: Sequence[Site], settings: Settings) -> None:
                 f"sites='head': the input of {site.path!r} is no feature map for method={settings.method!r}; use a "
                 "method for single activations, e.g. method='r-drop', or a stage: list_sites(model)."
             )
-
-
-def _build(
-    replica: nn.Module, sites: Sequence[Site], asked: Sequence[Site], settings: Settings, input_size: Shape
-) -> RBlock:
-    """Trace, insert the masks, fork, and make the mask modules; `sites` are in forward order, `asked` in the user's."""
-    drop_probs = dict(zip(asked, one_per_site("drop_prob", settings.drop_prob, len(asked)), strict=True))
-    block_sizes = dict(zip(asked, one_per_site("block_size", settings.block_size, len(asked)), strict=True))
-
-    trace = trace_ancestors(replica, sites)
-    graph = trace.graph
-    growth = probe_growth(graph, replica, input_size)
-    names = _mask_names({site: len(calls) for site, calls in trace.nodes.items()})
-    calls = insert_masks(
-        graph,
-        [
-            MaskedNode(node, consumer, f"rblock.{name}")
-            for site in sites
-            for (node, consumer), name in zip(trace.nodes[site], names[site], strict=True)
-        ],
-    )
-    fork = fork_batch(graph, calls, growth) if settings.mask_class.parts == 2 else Fork(frozenset(), None)
-    graph.lint()
-    rblock = RBlock()
-    for site in sites:
-        for name in names[site]:
-            rblock.add_module(
-                name,
-                settings.mask_class(
-                    drop_prob=float(drop_probs[site]),
-                    block_size=block_sizes[site],
-                    calibration=settings.calibration,
-                    shape=site.shape,
-                    channel_axis=site.channel_axis,
-                    forks=f"rblock.{name}" in fork.forking,
-                ),
-            )
-    code = graph.python_code("self")
-    rblock.conversion = Conversion(
-        method=settings.method,
-        calibration=settings.calibration,
-        batch_norm=settings.batch_norm,
-        input_size=input_size,
-        masks=tuple((site, names[site]) for site in sites),
-        order=tuple(asked.index(site) for site in sites),
-        forward=TrainingForward(code.src, code.globals, trace.specialised),
-        early_fork_reason=fork.reason,
-        cost=math.nan,
-    )
-    return rblock
-
-
-def _mask_names(calls: dict[Site, int]) -> dict[Site, tuple[str, ...]]:
-    """Name the masks of each site, one per call of its module, after its path."""
-    taken: set[str] = set()
-
-    def free(name: str) -> str:
-        while name in taken or hasattr(RBlock, name):
-            name += "_"
-        taken.add(name)
-        return name
-
-    return {
-        site: tuple(free(site.path.replace(".", "_") + (f"_call{call}" if call else "")) for call in range(count))
-        for site, count in calls.items()
-    }
 
 
 def _install(model: nn.Module, rblock: RBlock, trial: Trial) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -69,11 +69,17 @@ class _ShapesOnly(TorchFunctionMode):
 @contextlib.contextmanager
 def dry_run() -> Iterator[None]:
     """Run code on the meta device, outside of autograd and autocast, and leave the random generators as they were."""
+    with random_state_kept(), torch.no_grad(), torch.autocast("cpu", enabled=False), META, _ShapesOnly():
+        yield
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[Callable[[], bool]]:
+    """Put the random generators back in the end; the function that it gives tells whether they have been drawn from."""
     python_state = random.getstate()
     torch_state = torch.get_rng_state()
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), META, _ShapesOnly():
-            yield
+        yield lambda: random.getstate() != python_state or not torch.equal(torch.get_rng_state(), torch_state)
     finally:
         random.setstate(python_state)
         torch.set_rng_state(torch_state)

@@ -6,15 +6,19 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from rblock_fx.errors import ConversionError
-from rblock_fx.replica import dry_run
+from rblock_fx.replica import random_state_kept
 from rblock_fx.sites import Site
 
 
 class SiteTracer(fx.Tracer):
     """Traces through the modules that contain a site and records what the sites give (or, for a head, take)."""
+
+    # A buffer read in a forward must be read anew each time, like a parameter.
+    proxy_buffer_attributes = True
 
     def __init__(self, root: nn.Module, sites: Sequence[Site]) -> None:
         # timm marks the functions that fx cannot look into; they become nodes, as in timm's own feature extraction.
@@ -55,11 +59,13 @@ class Trace:
         nodes: for each site the nodes of its maps, each with the only consumer to mask it for (a classifier) or None
             for all consumers.
         specialised: the optional arguments of the forward and their defaults, which the graph has taken for granted.
+        constants: tensors that the forward makes of numbers alone, by their name under `rblock`.
     """
 
     graph: fx.Graph
     nodes: dict[Site, list[tuple[fx.Node, fx.Node | None]]]
     specialised: dict[str, Any]
+    constants: dict[str, Tensor]
 
 
 def trace_ancestors(replica: nn.Module, sites: Sequence[Site]) -> Trace:
@@ -76,16 +82,14 @@ def trace_ancestors(replica: nn.Module, sites: Sequence[Site]) -> Trace:
     }
     replica.train()
     try:
-        with dry_run():
+        with random_state_kept() as random_drawn, torch.no_grad():
             graph = tracer.trace(replica, concrete_args=defaults)
+            frozen_draw = random_drawn()
     except Exception as error:
-        paths = [site.path for site in sites]
-        raise ConversionError(
-            f"the forward of {type(replica).__name__}, or of a module around the sites {paths}, cannot be traced "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Choose sites that lie less "
-            "deep (modules that hold no site are not traced), or pass the part of the model that computes the maps, "
-            "e.g. apply_rblock(model.backbone)."
-        ) from error
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ConversionError(_untraceable(replica, sites, reason)) from error
+    if frozen_draw:
+        raise ConversionError(_untraceable(replica, sites, "it draws random numbers, which tracing would freeze"))
     nodes = {}
     for site, records in tracer.recorded.items():
         if not records or not all(isinstance(value, fx.Proxy) for value, _ in records):
@@ -95,4 +99,24 @@ def trace_ancestors(replica: nn.Module, sites: Sequence[Site]) -> Trace:
                 "list_sites(model)."
             )
         nodes[site] = [(value.node, consumer) for value, consumer in records]
-    return Trace(graph, nodes, defaults)
+    return Trace(graph, nodes, defaults, _take_constants(graph, replica))
+
+
+def _take_constants(graph: fx.Graph, replica: nn.Module) -> dict[str, Tensor]:
+    """Take along the tensors that the forward makes of numbers alone, which fx leaves on what it traced."""
+    constants = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
+            name = node.target.removeprefix("_")
+            constants[name] = getattr(replica, node.target)
+            node.target = f"rblock.{name}"
+    return constants
+
+
+def _untraceable(replica: nn.Module, sites: Sequence[Site], reason: str) -> str:
+    paths = [site.path for site in sites]
+    return (
+        f"the forward of {type(replica).__name__}, or of a module around the sites {paths}, cannot be traced "
+        f"({reason}). Choose sites that lie less deep (modules that hold no site are not traced), or pass the part of "
+        "the model that computes the maps, e.g. apply_rblock(model.backbone)."
+    )

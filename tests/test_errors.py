@@ -224,6 +224,21 @@ def test_a_forward_that_cannot_be_traced():
         apply_rblock(Branching(), "stage", input_size=(3, 8, 8))
 
 
+def test_a_forward_that_draws_random_numbers_around_the_sites():
+    class Stochastic(Maps):
+        def forward(self, x):
+            x = self.stage(x)
+            return x + 1 if self.training and torch.rand(()) < 0.5 else x
+
+    torch.manual_seed(3)
+    before = snapshot(model := Stochastic())
+    with pytest.raises(
+        ConversionError, match=r"cannot be traced \(it draws random numbers, which tracing would freeze\)"
+    ):
+        apply_rblock(model, "stage", input_size=(3, 8, 8))
+    assert snapshot(model) == before
+
+
 def test_hooks_on_a_module_that_would_be_inlined():
     model = torchvision.models.vgg11(weights=None)
     model.features.register_forward_hook(lambda *_: None)

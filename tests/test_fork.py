@@ -1,5 +1,7 @@
 """Where the batch doubles, in networks made to be awkward."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +55,19 @@ class ConstantOfSizes(Awkward):
         return self.fc((self.second(x) * ramp).mean((2, 3)))
 
 
+class ConstantOfNumbers(Awkward):
+    """Builds a tensor from numbers alone, and reads a buffer, around the sites."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.tensor(0.25))
+
+    def forward(self, x):
+        weights = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1)
+        x = self.first(x) * weights.to(x) + self.shift
+        return self.fc((self.second(x) * weights.to(x) - self.shift).mean((2, 3)))
+
+
 class CalledTwice(Awkward):
     def forward(self, x):
         x = self.first(x)
@@ -81,7 +96,9 @@ def convert(network, sites=("second",)):
     return apply_rblock(network().train(), list(sites), drop_prob=0.5, input_size=(3, 8, 8))
 
 
-@pytest.mark.parametrize("network", [SizeReadBefore, UnpairedBranch, ConstantOfSizes, OptionalArguments])
+@pytest.mark.parametrize(
+    "network", [SizeReadBefore, UnpairedBranch, ConstantOfSizes, ConstantOfNumbers, OptionalArguments]
+)
 @pytest.mark.parametrize("sites", [["second"], ["first", "second"], ["first"]])
 def test_late_forks_are_two_forwards(network, sites):
     model = convert(network, sites)
@@ -112,6 +129,18 @@ def test_where_nothing_can_be_doubled_late_the_batch_doubles_at_the_input():
     with recorded_masks(model) as masks:
         output = model(x)
     torch.testing.assert_close(output, two_forwards(WholeSizeUsedBehind().train(), masks, x))
+
+
+def test_constants_and_buffers_are_read_from_the_model_itself():
+    model = copy.deepcopy(convert(ConstantOfNumbers))
+    keys = list(model.state_dict())
+    assert keys == list(ConstantOfNumbers().state_dict())
+    code = describe(model).code
+    assert "self.rblock.tensor_constant0" in code
+    assert "self.shift" in code
+    with torch.no_grad():
+        model.shift.fill_(float("inf"))
+    assert model(torch.randn(2, 3, 8, 8)).isnan().any()
 
 
 def test_a_module_called_twice_has_a_mask_for_each_call():
