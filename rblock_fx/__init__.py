@@ -5,7 +5,7 @@ from rblock_fx.describe import describe
 from rblock_fx.errors import ConversionError, PairError, RBlockError, SettingError, SiteError
 from rblock_fx.loss import RBlockLoss, split_pair
 from rblock_fx.schedule import DropSchedule, set_drop_prob
-from rblock_fx.sites import list_sites
+from rblock_fx.stages import list_sites
 
 __version__ = "0.1.0"
 

@@ -14,8 +14,8 @@ from rblock_fx.errors import SiteError
 from rblock_fx.refusals import refuse_hooks_on_inlined, refuse_prepared, refuse_unconvertible
 from rblock_fx.replica import weightless_copy
 from rblock_fx.settings import Settings, check_settings
-from rblock_fx.sites import HEAD, Site, Sites, resolve_input_size, resolve_sites
-from rblock_fx.survey import survey_forward
+from rblock_fx.sites import HEAD, Sites, resolve_sites
+from rblock_fx.stages import Site, survey_model
 from rblock_fx.swap import unswap
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -63,18 +63,17 @@ def apply_rblock(
     """
     settings = check_settings(method, drop_prob, block_size, calibration, batch_norm)
     refuse_unconvertible(model)
-    size = resolve_input_size(model, input_size)
 
     # Everything up to `_install` is done on a copy without weights.
     replica = weightless_copy(model)
-    survey = survey_forward(replica, size)
+    survey = survey_model(model, replica, input_size)
     asked = resolve_sites(model, survey, HEAD if sites is None and not settings.mask_class.needs_map else sites)
     _refuse_unsuitable(asked, settings)
     refuse_hooks_on_inlined(model, asked)
 
     in_forward_order = sorted(asked, key=lambda site: survey.position(site.path))
-    rblock = build(replica, in_forward_order, asked, settings, size)
-    trial = try_out(replica, rblock, size, settings.mask_class.parts)
+    rblock = build(replica, in_forward_order, asked, settings, survey.input_size)
+    trial = try_out(replica, rblock, survey.input_size, settings.mask_class.parts)
     _install(model, rblock, trial)
     return model
 

@@ -11,7 +11,7 @@ from rblock_fx.fork import Fork, MaskedNode, fork_batch, insert_masks, probe_gro
 from rblock_fx.masks import Mask
 from rblock_fx.replica import META
 from rblock_fx.settings import Settings, one_per_site
-from rblock_fx.sites import Site
+from rblock_fx.stages import Site
 from rblock_fx.survey import Shape
 from rblock_fx.trace import trace_ancestors
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rblock_fx.errors import ConversionError
 from rblock_fx.masks import Mask
-from rblock_fx.sites import Site
+from rblock_fx.stages import Site
 from rblock_fx.swap import SwappedClass
 
 _numbers = itertools.count()

@@ -6,7 +6,7 @@ from torch import nn
 
 from rblock_fx.conversion import find_converted
 from rblock_fx.masks import Mask
-from rblock_fx.sites import Site
+from rblock_fx.stages import Site
 from rblock_fx.tables import format_table
 
 

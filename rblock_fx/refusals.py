@@ -7,7 +7,7 @@ from torch import nn
 
 from rblock_fx.conversion import RBlockModel, find_converted
 from rblock_fx.errors import ConversionError
-from rblock_fx.sites import Site
+from rblock_fx.stages import Site
 
 
 def refuse_unconvertible(model: nn.Module) -> None:

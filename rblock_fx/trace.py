@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from rblock_fx.errors import ConversionError
 from rblock_fx.replica import random_state_kept
-from rblock_fx.sites import Site
+from rblock_fx.stages import Site
 
 
 class SiteTracer(fx.Tracer):

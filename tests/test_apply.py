@@ -279,6 +279,11 @@ def test_an_nn_sequential_stays_the_network_that_it_was():
     assert model.train()(x).shape == (4, 3)
 
 
+def test_the_default_input_has_the_channels_that_the_stem_takes():
+    model = timm.create_model("test_resnet", in_chans=1, num_classes=5)
+    assert describe(apply_rblock(model)).input_size == (1, 160, 160)
+
+
 def test_list_sites_is_data_and_prints_as_a_table():
     sites = list_sites(timm.create_model("resnet50"))
     assert [(site.index, site.path, site.shape, site.channel_axis) for site in sites[-2:]] == [

@@ -132,9 +132,9 @@ def test_an_input_size_that_does_not_fit(resnet):
         ConversionError, match=r"ResNet does not run on a batch of \('N', 5, 32, 32\).*\n.*input_size=\("
     ):
         apply_rblock(resnet, input_size=(5, 32, 32))
-    with pytest.raises(SiteError, match=r"input_size=\(3,\) is not the shape of one sample"):
+    with pytest.raises(SettingError, match=r"input_size=\(3,\) is not the shape of one sample"):
         apply_rblock(resnet, input_size=(3,))
-    with pytest.raises(SiteError, match=r"input_size=\(3, 0, 32\) is not the shape"):
+    with pytest.raises(SettingError, match=r"input_size=\(3, 0, 32\) is not the shape"):
         apply_rblock(resnet, input_size=(3, 0, 32))
     assert snapshot(resnet) == before
 
