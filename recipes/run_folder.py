@@ -1,0 +1,145 @@
+"""The folder of a run: what may be written where, atomic files, and checkpoints that continue bit for bit."""
+
+import csv
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import load
+from settings import Config, RecipeError
+
+STATE_FILE = "state.json"
+RESULTS = ("metrics.csv", "result.json", "model.safetensors", "curves.png")
+CHECKPOINTS = ("checkpoint", "checkpoint.previous")
+FREE_ON_RESUME = {"output_dir", "epochs", "resume"}  # settings that a resumed run may change
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, then rename it: a killed run leaves the old file or the new, never half."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_metrics(rows: list[dict[str, Any]], path: Path) -> None:
+    """One CSV row per epoch; the whole file anew, so that a resumed run cannot leave a row twice."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write_text(table.getvalue()))
+
+
+def open_run(config: Config, num_processes: int) -> tuple[Path | None, list[dict[str, Any]]]:
+    """Where to continue, as (checkpoint folder, its rows of metrics); (None, []) for a fresh run. Writes nothing.
+
+    Raises:
+        RecipeError: output_dir holds another run, or the checkpoint is missing, unreadable, or of other settings.
+    """
+    output_dir = Path(config.output_dir)
+    held = [name for name in ("config.yaml", *RESULTS, *CHECKPOINTS) if (output_dir / name).exists()]
+    if config.resume is None:
+        if held:
+            raise RecipeError(
+                f"output_dir {output_dir} already holds a run ({', '.join(held)}); continue it with --resume auto, "
+                "or name another folder with --output_dir"
+            )
+        return None, []
+    if config.resume == "auto":
+        # checkpoint.previous alone: the run was killed between the two renames of save_checkpoint
+        folder = next((output_dir / name for name in CHECKPOINTS if name in held), None)
+        if folder is None:
+            if set(held) & set(RESULTS):
+                raise RecipeError(
+                    f"output_dir {output_dir} holds results ({', '.join(held)}) and no checkpoint to continue from; "
+                    "name another folder with --output_dir"
+                )
+            return None, []
+    else:
+        folder = Path(config.resume)
+        if held and folder.resolve().parent != output_dir.resolve():
+            raise RecipeError(
+                f"output_dir {output_dir} already holds another run ({', '.join(held)}) than the checkpoint {folder}; "
+                "name another folder with --output_dir"
+            )
+    return folder, read_rows(folder, config, num_processes)
+
+
+def read_rows(folder: Path, config: Config, num_processes: int) -> list[dict[str, Any]]:
+    """The metrics so far in a checkpoint, once it is sure that this run continues it."""
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())
+        rows, before, processes = state["rows"], state["config"], state["num_processes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"resume: {folder} is no complete checkpoint ({STATE_FILE}: {type(error).__name__}); expected "
+            "--resume auto or a folder that a run wrote, e.g. --resume runs/digits/checkpoint"
+        ) from error
+    now = json.loads(json.dumps(asdict(config)))  # through JSON, as the saved one went
+    changed = [
+        f"{key} (there {before.get(key)!r}, now {now.get(key)!r})"
+        for key in sorted((before.keys() | now.keys()) - FREE_ON_RESUME)
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise RecipeError(f"resume: {folder} was written with other settings: {', '.join(changed)}")
+    if processes != num_processes:
+        raise RecipeError(
+            f"resume: {folder} was written by {processes} processes and this run has {num_processes}, so that it "
+            f"would not draw the same masks; launch {processes}"
+        )
+    if len(rows) > config.epochs:
+        raise RecipeError(f"resume: {folder} has {len(rows)} epochs already; expected --epochs {len(rows)} or more")
+    return list(rows)
+
+
+def save_checkpoint(accelerator: Accelerator, config: Config, rows: list[dict[str, Any]]) -> None:
+    """Replace output_dir/checkpoint by the state after the last row's epoch; all processes call it.
+
+    Accelerate saves weights, optimizer, scheduler, scaler and every process's random state; the position in the data
+    is the epoch. A run killed at any moment leaves a complete `checkpoint`, or a complete `checkpoint.previous`.
+    """
+    current, previous = (Path(config.output_dir) / name for name in CHECKPOINTS)
+    temporary = current.with_name("checkpoint.tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()  # the other processes' random states lie there now
+    if accelerator.is_main_process:
+        state = {"rows": rows, "config": asdict(config), "num_processes": accelerator.num_processes}
+        (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
+        if current.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            current.rename(previous)
+        temporary.rename(current)
+        shutil.rmtree(previous, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
+    """Put back what save_checkpoint saved, random states included.
+
+    Raises:
+        RecipeError: a file is missing or damaged.
+    """
+    try:
+        random_file = folder / f"random_states_{accelerator.process_index}.pkl"
+        saved = load(random_file)
+        accelerator.load_state(str(folder))
+    except Exception as error:  # whatever safetensors, pickle or the file system make of a damaged file
+        raise RecipeError(f"resume: {folder} cannot be read: {type(error).__name__}: {error}") from error
+    # Accelerate only logs, at INFO, when it could not restore these; the run would go on with other masks.
+    restored = torch.equal(torch.get_rng_state(), saved["torch_manual_seed"])
+    if restored and torch.cuda.is_available():
+        states = zip(torch.cuda.get_rng_state_all(), saved.get("torch_cuda_manual_seed", ()), strict=False)
+        restored = "torch_cuda_manual_seed" in saved and all(torch.equal(now, then) for now, then in states)
+    if not restored:
+        raise RecipeError(f"resume: the random state in {random_file} could not be restored on this machine")

@@ -1,0 +1,122 @@
+"""What can be set, how it is read, and how a mistake in it is told."""
+
+import difflib
+import math
+import os
+import sys
+import time
+from argparse import ArgumentError
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+Method = Literal[
+    "bdropdml", "sdropdml", "c-dropblock", "r-drop", "c-drop", "r-spatialdropout", "r-dropblock",  # pairs of sub-models
+    "dropout", "spatialdropout", "dropblock",  # one model
+    "none",  # plain training: the model is not touched
+]  # fmt: skip
+
+
+class RecipeError(ValueError):
+    """A mistake in the settings or the files they name: one line for the user, no traceback."""
+
+
+@dataclass
+class Config:
+    """Every setting of recipes/train.py; recipes/configs/digits.yaml explains each where it stands."""
+
+    output_dir: str
+    epochs: int
+    dataset: str
+    image_size: int
+    model: str
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    resume: str | None = None  # "auto" or a checkpoint folder
+
+    method: Method = "bdropdml"
+    drop_prob: float = 0.2
+    block_size: int = 3
+    sites: list[str | int] | str | None = None
+    calibration: Literal["exact", "eq6", "eq7"] = "exact"
+    batch_norm: Literal["joint", "per_submodel"] = "joint"
+    alpha: float = 0.1
+    temperature: float = 3.0
+
+    batch_size: int = 64  # images in one optimizer step, all processes together
+    lr: float = 0.1
+    warmup_epochs: int = 0
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    augment: bool = True
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers outside their range; the rest of the R-Block settings are checked by apply_rblock."""
+        ranges = {
+            "epochs": (1, math.inf), "image_size": (1, math.inf), "seed": (0, 2**31), "batch_size": (2, math.inf),
+            "warmup_epochs": (0, math.inf), "num_workers": (0, math.inf), "weight_decay": (0, math.inf),
+            "momentum": (0, 1), "label_smoothing": (0, 1), "drop_prob": (0, 1), "alpha": (0, 1),
+        }  # fmt: skip
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                expected = f"a number of at least {low}" if high == math.inf else f"a number from {low} to {high}"
+                raise RecipeError(f"{name} is {value}; expected {expected}, e.g. --{name} {low}")
+        for name in ("lr", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise RecipeError(f"{name} is {getattr(self, name)}; expected a positive number, e.g. --{name} 0.1")
+        if not self.output_dir:
+            raise RecipeError("output_dir is empty; expected a folder, e.g. --output_dir runs/digits")
+
+
+def make_parser() -> ArgumentParser:
+    """The command line: --config FILE, and --key value for every field of Config, the later winning."""
+    # abbreviations off: --epoch must be an unknown option, not a quiet --epochs
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description="Train an image classifier.")
+    parser.add_argument("--config", action="config", help="a YAML file of settings, e.g. recipes/configs/digits.yaml")
+    parser.add_class_arguments(Config, as_group=False)
+    return parser
+
+
+def read_config(arguments: list[str] | None = None) -> Config:
+    """Settings from the command line (sys.argv by default).
+
+    Raises:
+        RecipeError: a key is unknown or missing, a value has the wrong type or range, the file cannot be read.
+    """
+    try:
+        values = make_parser().parse_args(arguments).as_dict()
+    except ArgumentError as error:
+        raise RecipeError(f"{error}; `python recipes/train.py --help` lists the settings") from error
+    values.pop("config")
+    return Config(**values)
+
+
+def to_yaml(config: Config) -> str:
+    """The settings as a YAML file that `--config` reads back."""
+    values = Namespace(asdict(config))  # type: ignore[no-untyped-call]
+    return str(make_parser().dump(values, skip_unset=False))
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The known names that resemble a name, for an error message."""
+    matches = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(matches)}?" if matches else "no known name is near"
+
+
+def exit_with(error: Exception) -> NoReturn:
+    """Tell a mistake in one line of stderr, once, and end with exit code 2."""
+    rank = int(os.environ.get("RANK", "0"))
+    message = " ".join(str(error).split())
+    if rank != 0:
+        # Every process meets the same mistake and the main one speaks; the launcher then ends the others here. One
+        # that is still alive after this wait met a mistake that the main process did not, and must say so itself.
+        time.sleep(10)
+        message = f"(process {rank}) {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
