@@ -9,7 +9,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("tool", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
+TOOLS = [
+    ["ruff", "check"],
+    ["ruff", "format", "--check"],
+    ["mypy"],
+    ["mypy", "--strict", "--ignore-missing-imports", "recipes"],
+]
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=" ".join)
 def test_the_tools_are_content(tool):
     done = subprocess.run([sys.executable, "-m", *tool], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
