@@ -53,8 +53,8 @@ class Mask(nn.Module):
         self.map_size = _without_channels(shape, channel_axis)
         # Tensors, because as Python floats each new value of a schedule would be compiled anew; 0-dim and never a
         # mask, because DistributedDataParallel copies the buffers of rank 0 to every rank.
-        self.register_buffer("rate", torch.empty(()), persistent=False)
-        self.register_buffer("gamma", torch.empty(()), persistent=False)
+        self.register_buffer("rate", torch.empty((), dtype=torch.float32), persistent=False)
+        self.register_buffer("gamma", torch.empty((), dtype=torch.float32), persistent=False)
         self.set_drop_prob(drop_prob)
 
     @abstractmethod

@@ -211,3 +211,14 @@ def test_print_shows_every_hyperparameter():
     text = repr(model)
     for part in ["BDropDML", "drop_prob=0.25", "block_size=5", "calibration='eq6'", "gamma=0.01", "shape=(8, 9, 9)"]:
         assert part in text
+
+
+def test_gamma_is_float32_whatever_torchs_default_is():
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = apply_rblock(Maps(), "stage", input_size=(8, 9, 9)).train()
+        output = model(torch.ones(4, 8, 9, 9, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.rblock.stage.gamma.dtype == torch.float32
+    assert output.dtype == torch.float32
