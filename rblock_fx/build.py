@@ -36,7 +36,8 @@ def build(
     rblock = RBlock()
     for name, constant in trace.constants.items():
         rblock.register_buffer(name, constant, persistent=False)
-    replica.add_module("rblock", copy.deepcopy(rblock).to(META))
+    if trace.constants:
+        replica.add_module("rblock", copy.deepcopy(rblock).to(META))
 
     growth = probe_growth(trace.graph, replica, input_size)
     names = _mask_names({site: len(calls) for site, calls in trace.nodes.items()}, taken={*dir(rblock), "conversion"})
@@ -53,7 +54,7 @@ def build(
     for site, place in zip(sites, order, strict=True):
         for name in names[site]:
             forks = f"rblock.{name}" in fork.forking
-            rblock.add_module(name, _make_mask(site, settings, drop_probs[place], block_sizes[place], forks))
+            rblock.add_module(name, _make_mask(site, settings, drop_probs[place], int(block_sizes[place]), forks))
     code = trace.graph.python_code("self")
     rblock.conversion = Conversion(
         method=settings.method,

@@ -37,11 +37,12 @@ def try_out(replica: nn.Module, rblock: RBlock, input_size: Shape, parts: int) -
     """
     name = type(replica).__name__
     replica.train()
-    plain = _run(replica, replica, meta_batch(PROBE_ROWS[0], input_size))
+    x = meta_batch(replica, PROBE_ROWS[0], input_size)
+    plain = _run(replica, replica, x)
     replica.add_module("rblock", copy.deepcopy(rblock).to(META))
     training_forward = rblock.conversion.forward.compile(name)
     try:
-        paired = _run(replica, lambda x: training_forward(replica, x), meta_batch(PROBE_ROWS[0], input_size))
+        paired = _run(replica, lambda x: training_forward(replica, x), x)
     except Exception as error:
         raise ConversionError(
             f"the training forward generated for {name} does not run ({type(error).__name__}: {error}); choose other "

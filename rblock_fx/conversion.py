@@ -5,6 +5,7 @@ import inspect
 import itertools
 import linecache
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -91,10 +92,6 @@ class RBlock(nn.Module):
 
     conversion: Conversion
 
-    def forward(self, x: Any) -> Any:
-        """Give back what it takes: in an nn.Sequential the masks are its last child, which must change nothing."""
-        return x
-
     def masks_of(self, position: int) -> list[Mask]:
         """The masks of one site, numbered in forward order."""
         return [
@@ -127,7 +124,26 @@ class RBlockModel(SwappedClass):
             "__module__": original.__module__,
             "__doc__": original.__doc__,
         }
+        if issubclass(original, nn.Sequential):
+            members |= _sequence_without_masks(original)
         return type(f"RBlock{original.__name__}", (cls, original), members)
+
+
+def _sequence_without_masks(original: type[nn.Sequential]) -> dict[str, Callable[..., Any]]:
+    """Keep the length, the layers and the slices of a sequence, of whose children the masks are the last."""
+
+    def layers(self: nn.Module) -> dict[str, Any]:
+        return {name: module for name, module in self._modules.items() if name != "rblock"}
+
+    def getitem(self: nn.Sequential, index: Any) -> Any:
+        plain = original(OrderedDict(layers(self)))
+        return plain[index]
+
+    return {
+        "__len__": lambda self: len(layers(self)),
+        "__iter__": lambda self: iter(layers(self).values()),
+        "__getitem__": getitem,
+    }
 
 
 def _switching_forward(

@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 from rblock_fx.replica import dry_run, meta_batch
 
-# How a value changes with the batch: not at all; its first axis (or, a number, itself) grows in proportion; otherwise.
+# How a value changes with the batch: not at all; its first axis (or, a number, itself) grows in proportion; otherwise,
+# which is also said of a tensor that is changed in place later on, so that a doubled copy of it would go stale.
 Growth = Literal["fixed", "rows", "count", "other"]
 
 # Two batches that tell what grows with the batch from what does not. Even, for networks that split their batch.
@@ -40,8 +41,10 @@ class _CannotForkLateError(Exception):
 
 def probe_growth(graph: fx.Graph, replica: nn.Module, input_size: tuple[int, ...]) -> dict[fx.Node, Growth]:
     """Run the traced graph of a weightless copy on two batches and compare what each node gives."""
-    small, large = (_values(graph, replica, meta_batch(rows, input_size)) for rows in PROBE_ROWS)
-    return {node: _growth(small[node], large[node]) for node in small}
+    small, large = (_values(graph, replica, meta_batch(replica, rows, input_size)) for rows in PROBE_ROWS)
+    growth = {node: _growth(small.values[node], large.values[node]) for node in small.values}
+    stale: dict[fx.Node, Growth] = {node: "other" for node in small.changed_later if node.op != "placeholder"}
+    return growth | stale
 
 
 def insert_masks(graph: fx.Graph, masked: Sequence[MaskedNode]) -> dict[fx.Node, MaskedNode]:
@@ -94,7 +97,8 @@ def _plan(graph: fx.Graph, calls: dict[fx.Node, MaskedNode], growth: dict[fx.Nod
                 continue
             if growth[value] == "other":
                 raise _CannotForkLateError(
-                    f"{value.name!r}, computed before the first mask, is used behind it and has no batch axis to double"
+                    f"{value.name!r}, computed before the first mask, is used behind it, and has no batch axis to "
+                    "double or is changed in place"
                 )
             if edit:
                 if value not in doubled:
@@ -133,18 +137,26 @@ class _Recording(fx.Interpreter):
     def __init__(self, replica: nn.Module, graph: fx.Graph) -> None:
         super().__init__(replica, graph=graph)
         self.values: dict[fx.Node, Any] = {}
+        self.versions: dict[fx.Node, tuple[Tensor, int]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         self.values[n] = _summary(value)
+        if isinstance(value, Tensor):
+            self.versions[n] = (value, value._version)
         return value
 
+    @property
+    def changed_later(self) -> set[fx.Node]:
+        """The nodes whose tensor was changed in place after they had given it."""
+        return {node for node, (tensor, version) in self.versions.items() if tensor._version != version}
 
-def _values(graph: fx.Graph, replica: nn.Module, x: Tensor) -> dict[fx.Node, Any]:
+
+def _values(graph: fx.Graph, replica: nn.Module, x: Tensor) -> _Recording:
     recording = _Recording(replica, graph)
     with dry_run():
         recording.run(x)
-    return recording.values
+    return recording
 
 
 def _summary(value: Any) -> Any:

@@ -11,6 +11,7 @@ so that mask_i = (1 - channel_i * spatial_i) * scale_i. For channels-last maps t
 (N, C, *S) is ever saved for backward.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -97,25 +98,24 @@ def _apply_masks(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor, ope
     rows = scale.shape[1]
     source = x.unsqueeze(0) if operation == "fork" else x.view(parts, rows, *x.shape[1:])
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        masks = _masks(channel, spatial, scale)
-        if operation == "join":
-            return (source * masks).sum(0).to(x.dtype)
-        return (source * masks).to(x.dtype).flatten(0, 1)
+        products = source * _masks(channel, spatial, scale)
+        return (products.sum(0) if operation == "join" else products.flatten(0, 1)).to(x.dtype)
 
     out_rows = rows if operation == "join" else parts * rows
     result = torch.empty((out_rows, *x.shape[1:]), dtype=x.dtype, device=x.device).to(memory_format=_memory_format(x))
     target = result.unsqueeze(0) if operation == "join" else result.view(parts, rows, *x.shape[1:])
-    per_row = max(x[0].numel(), 1)
-    step = max(_CPU_CHUNK // per_row, 1)
+    step = max(_CPU_CHUNK // max(math.prod(x.shape[1:]), 1), 1)
     for start in range(0, rows, step):
         here = slice(start, start + step)
-        for part in range(parts):
-            mask = _masks(*(factor[min(part, len(factor) - 1), here] for factor in (channel, spatial, scale)))
-            values = source[min(part, len(source) - 1), here]
-            if operation == "join" and part > 0:
-                target[0, here] += values * mask
-            else:
-                torch.mul(values, mask, out=target[0 if operation == "join" else part, here])
+        masks = [
+            _masks(*(factor[min(part, len(factor) - 1), here] for factor in (channel, spatial, scale)))
+            for part in range(parts)
+        ]
+        if operation == "join":
+            target[0, here] = sum(source[part, here] * mask for part, mask in enumerate(masks))
+        else:
+            for part, mask in enumerate(masks):
+                torch.mul(source[min(part, len(source) - 1), here], mask, out=target[part, here])
     return result
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rblock_fx.errors import PairError, SettingError
+from rblock_fx.settings import is_real
 
 
 class RBlockLoss(nn.Module):
@@ -38,9 +39,14 @@ class RBlockLoss(nn.Module):
         reduction: str = "sum",
     ) -> None:
         super().__init__()
-        if not 0 <= alpha <= 1:
+        if criterion is not None and (isinstance(criterion, type) or not callable(criterion)):
+            raise SettingError(
+                f"RBlockLoss: criterion={criterion!r} is no loss that can be called as criterion(logits, target); pass "
+                "an instance or a function: RBlockLoss(nn.CrossEntropyLoss(), alpha=0.1)"
+            )
+        if not is_real(alpha) or not 0 <= alpha <= 1:
             raise SettingError(f"RBlockLoss: alpha={alpha} is not in [0, 1], the weight of the KL term, e.g. alpha=0.1")
-        if not 0 < temperature < float("inf"):
+        if not is_real(temperature) or not 0 < temperature < float("inf"):
             raise SettingError(f"RBlockLoss: temperature={temperature} is not a positive number, e.g. temperature=3.0")
         if reduction not in ("sum", "mean"):
             raise SettingError(f"RBlockLoss: reduction={reduction!r} is neither 'sum' (Eq. 5) nor 'mean'")
@@ -80,7 +86,9 @@ class RBlockLoss(nn.Module):
         """KL(p_1 || p_2) + KL(p_2 || p_1) = sum_k (p_1 - p_2)(ln p_1 - ln p_2), mean over everything but classes."""
         log_first = F.log_softmax(first / self.temperature, dim=1)
         log_second = F.log_softmax(second / self.temperature, dim=1)
-        return ((log_first.exp() - log_second.exp()) * (log_first - log_second)).sum(1).mean()
+        # Classes that both sub-models rule out by a logit of -inf agree.
+        difference = torch.where(log_first == log_second, 0.0, log_first - log_second)
+        return ((log_first.exp() - log_second.exp()) * difference).sum(1).mean()
 
     def _is_plain(self, logits: Tensor, target: Any) -> bool:
         if not isinstance(logits, Tensor) or logits.dim() < 2:

@@ -71,7 +71,7 @@ def _wrapper_of(model: nn.Module) -> tuple[str, str] | None:
     if isinstance(model, torch.jit.ScriptModule):
         return "scripted", "apply_rblock takes the Python model; a script cannot be traced"
     instance = vars(model)
-    if "_original_forward" in instance or "_hf_hook" in instance:
+    if "_original_forward" in instance or "_hf_hook" in instance or instance.get("_is_accelerate_prepared"):
         return "prepared by Accelerate", "accelerator.prepare(apply_rblock(model))"
     if has_pinned_forward(model):
         return "patched with a forward of its own instance", "apply_rblock(model), then patch it"

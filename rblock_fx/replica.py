@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from rblock_fx.errors import ConversionError
@@ -24,6 +26,14 @@ def weightless_copy(model: nn.Module) -> nn.Module:
     Raises:
         ConversionError: the model cannot be copied.
     """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"expected a torch.nn.Module, got {type(model).__name__}: timm.create_model('resnet50')")
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    if any(is_lazy(tensor) for tensor in tensors):
+        raise ConversionError(
+            f"{type(model).__name__} has lazy layers that no batch has initialised yet; run it on one batch first: "
+            "model(images)"
+        )
     memo: dict[int, Any] = {}
     for module in model.modules():
         for tensor in _tensors_of(module):
@@ -52,9 +62,10 @@ def _without_data(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
-def meta_batch(rows: int, input_size: tuple[int, ...]) -> Tensor:
-    """A batch of `rows` samples without data."""
-    return torch.empty((rows, *input_size), device=META)
+def meta_batch(replica: nn.Module, rows: int, input_size: tuple[int, ...]) -> Tensor:
+    """A batch of `rows` samples without data, in the precision of the model."""
+    dtype = next((p.dtype for p in replica.parameters() if p.is_floating_point()), torch.float32)
+    return torch.empty((rows, *input_size), dtype=dtype, device=META)
 
 
 class _ShapesOnly(TorchFunctionMode):

@@ -77,7 +77,14 @@ class DropSchedule:
         return {"start": self.start, "end": self.end, "total_steps": self.total_steps, "steps_done": self.steps_done}
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
-        """Go to a saved position, and set the model's drop probability accordingly."""
+        """Go to a saved position, and set the model's drop probability accordingly.
+
+        Raises:
+            SettingError: the state lacks one of the four values; nothing is changed then.
+        """
+        missing = [name for name in self.state_dict() if name not in state]
+        if missing:
+            raise SettingError(f"the state of a DropSchedule lacks {missing}; pass what state_dict() gave: got {state}")
         self.start, self.end = float(state["start"]), float(state["end"])
         self.total_steps, self.steps_done = int(state["total_steps"]), int(state["steps_done"])
         set_drop_prob(self.model, self.drop_prob)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ def check_settings(
     for value in _as_values(drop_prob):
         check_drop_prob(value, method)
     for size in _as_values(block_size):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
+        if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1 or size % 2 == 0:
             raise SettingError(
                 f"block_size={size!r} is no odd positive integer: a block needs a centre, e.g. block_size=3"
             )
@@ -57,13 +58,18 @@ def check_drop_prob(value: Any, method: str) -> None:
         SettingError: no number, not in [0, 1), or above what the method can do.
     """
     largest = METHODS[method].largest_drop_prob
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or not 0 <= value < 1:
+    if isinstance(value, bool) or not is_real(value) or math.isnan(value) or not 0 <= value < 1:
         raise SettingError(f"drop_prob={value!r} is no probability in [0, 1), e.g. drop_prob=0.2")
     if value > largest:
         raise SettingError(
             f"drop_prob={value!r} is too large for method={method!r}, whose two sub-models drop disjoint sets of that "
             f"size each; expected at most {largest}"
         )
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a number that compares, NumPy's included."""
+    return isinstance(value, numbers.Real)
 
 
 def one_per_site(name: str, value: Any, sites: int) -> list[Any]:

@@ -35,7 +35,7 @@ def resolve_sites(model: nn.Module, survey: Survey, sites: Sites) -> list[Site]:
         if not listed:
             raise SiteError(_no_stage(model, survey))
         return list(listed)
-    words = [sites] if isinstance(sites, str | int) else list(sites)
+    words = list(sites) if isinstance(sites, Iterable) and not isinstance(sites, str | bytes) else [sites]
     if not words:
         raise SiteError(f"sites={sites!r} names no site; {resolver.choices()}")
     chosen = list(itertools.chain.from_iterable(map(resolver.resolve, words)))
@@ -98,7 +98,9 @@ class _Resolver:
                 f"{('N', *shape_of(runs[-1])) if runs[-1].output_shape is not None else 'no single tensor'}; "
                 f"{self.choices()} Use sites='head' with dropout, r-drop or c-drop for the classifier's input."
             )
-        axis = -1 if self.listed and all(site.channel_axis == -1 for site in self.listed) else 1
+        # In doubt, as the stages are.
+        channels_last = bool(self.listed) and all(site.channel_axis == -1 for site in self.listed)
+        axis = self.survey.channel_axis(runs[-1]) or (-1 if channels_last else 1)
         return Site(None, name, shape_of(runs[-1]), axis, share(runs[-1].flops, self.survey))
 
     def refuse_same_map(self, chosen: Iterable[Site]) -> None:
@@ -146,6 +148,6 @@ def head_site(model: nn.Module, survey: Survey) -> Site:
 def _no_stage(model: nn.Module, survey: Survey) -> str:
     return (
         f"{type(model).__name__} has no stage with a feature map of {len(survey.input_size) + 1} axes (N, channels, "
-        "*spatial) that everything passes through; a network of tokens alone cannot carry block masks. Name a module "
-        "whose output is a map, e.g. sites=['features'], or use sites='head' with method='r-drop'."
+        "*spatial) that everything passes through. If some module gives such maps, name it, e.g. sites=['features.7']; "
+        "a network of tokens alone can carry no block masks, only those of sites='head' with method='r-drop'."
     )

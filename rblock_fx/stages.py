@@ -1,7 +1,7 @@
 """Which places of a network can carry masks: its stages."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -70,7 +70,7 @@ def survey_model(model: nn.Module, replica: nn.Module, input_size: Sequence[int]
         ConversionError: the model does not run on a batch of this size.
     """
     if input_size is not None:
-        size = tuple(input_size)
+        size = tuple(input_size) if isinstance(input_size, Iterable) else ()
         if len(size) < 2 or not all(isinstance(length, int) and length > 0 for length in size):
             raise SettingError(
                 f"input_size={input_size!r} is not the shape of one sample; expected (channels, *spatial), e.g. "
@@ -100,7 +100,13 @@ def stages(model: nn.Module, survey: Survey) -> SiteList:
     else:
         found = [(run, None) for run in _last_cut_of_each_resolution(survey)]
     return SiteList(
-        Site(index, run.path, shape_of(run), _channel_axis(run, channels, channels_last), share(run.flops, survey))
+        Site(
+            index,
+            run.path,
+            shape_of(run),
+            _channel_axis(run, survey, channels, channels_last),
+            share(run.flops, survey),
+        )
         for index, (run, channels) in enumerate(found)
     )
 
@@ -150,8 +156,11 @@ def _convolutions(run: ModuleRun, survey: Survey) -> list[Shape]:
     return [operation.convolution for operation in operations if operation.convolution is not None]
 
 
-def _channel_axis(run: ModuleRun, channels: int | None, channels_last: bool) -> int:
-    """Where num_chs is told, the axis that has it; the model's declared format where both or neither do."""
+def _channel_axis(run: ModuleRun, survey: Survey, channels: int | None, channels_last: bool) -> int:
+    """The axis that does not grow with the image; else the one of timm's num_chs; else by the model's output_fmt."""
+    found = survey.channel_axis(run)
+    if found is not None:
+        return found
     shape = shape_of(run)
     matches = {axis for axis, size in ((1, shape[0]), (-1, shape[-1])) if size == channels}
     return matches.pop() if len(matches) == 1 else -1 if channels_last else 1

@@ -51,7 +51,8 @@ class Operation:
 class Survey:
     """The evaluation forward of a model, recorded.
 
-    `cuts` are the values through which every path from the input to the (first) output runs.
+    `cuts` are the values through which every path from the input to the (first) output runs; `grown` the shapes that
+    modules give for samples of twice the size, as far as the network runs on such.
     """
 
     input_size: Shape
@@ -59,10 +60,21 @@ class Survey:
     operations: tuple[Operation, ...]
     cuts: frozenset[int]
     flops: int
+    grown: dict[str, Shape | None]
 
     def runs_of(self, path: str) -> list[ModuleRun]:
         """The calls of one module, in order."""
         return [run for run in self.runs if run.path == path]
+
+    def channel_axis(self, run: ModuleRun) -> int | None:
+        """The axis of a map that does not grow with the image: 1 for (N, C, *S), -1 for (N, *S, C), None if unclear."""
+        small, large = run.output_shape, self.grown.get(run.path)
+        if small is None or large is None or len(small) != len(large):
+            return None
+        grows = [before != after for before, after in zip(small, large, strict=True)]
+        if not grows[0] and all(grows[1:]):
+            return 1
+        return -1 if not grows[-1] and all(grows[:-1]) else None
 
     def position(self, path: str) -> int:
         """Where a module stands in forward order: of modules that end together the inner comes first."""
@@ -80,10 +92,11 @@ def survey_forward(replica: nn.Module, input_size: Shape) -> Survey:
     replica.eval()
     try:
         with dry_run(), recorder.hooked():
-            x = meta_batch(_ROWS, input_size)
+            x = meta_batch(replica, _ROWS, input_size)
             recorder.start(x)
             with recorder:
                 output = replica(x)
+        grown = _grown_shapes(replica, input_size)
     except Exception as error:
         raise ConversionError(
             f"{type(replica).__name__} does not run on a batch of {('N', *input_size)}: {type(error).__name__}: "
@@ -94,7 +107,7 @@ def survey_forward(replica: nn.Module, input_size: Shape) -> Survey:
     finally:
         for module, training in modes.items():
             module.training = training
-    return recorder.survey(input_size, output)
+    return recorder.survey(input_size, output, grown)
 
 
 class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -178,13 +191,33 @@ class _Recorder(FlopCounter):  # type: ignore[no-untyped-call]
             for handle in handles:
                 handle.remove()
 
-    def survey(self, input_size: Shape, output: Any) -> Survey:
+    def survey(self, input_size: Shape, output: Any, grown: dict[str, Shape | None]) -> Survey:
         outputs = _tensors(output)
         if not outputs:
             name = type(self.replica).__name__
             raise ConversionError(f"{name} gives {type(output).__name__} without a tensor; expected logits or a map.")
         cuts = _cuts(self.operations, source=0, sink=self.value_of(outputs[0]))
-        return Survey(input_size, tuple(self.runs), tuple(self.operations), frozenset(cuts), self.flops)
+        return Survey(input_size, tuple(self.runs), tuple(self.operations), frozenset(cuts), self.flops, grown)
+
+
+def _grown_shapes(replica: nn.Module, input_size: Shape) -> dict[str, Shape | None]:
+    """The shapes that modules give for samples of twice the size along every spatial axis."""
+    shapes: dict[str, Shape | None] = {}
+    handles = []
+    for path, module in replica.named_modules():
+
+        def record(_module: nn.Module, _inputs: Any, output: Any, path: str = path) -> None:
+            shapes[path] = _sample_shape(output)
+
+        handles.append(module.register_forward_hook(record))
+    try:
+        # A network may run on one size only; what it gave until then tells enough.
+        with dry_run(), contextlib.suppress(Exception):
+            replica(meta_batch(replica, _ROWS, (input_size[0], *(2 * length for length in input_size[1:]))))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
 
 
 def _cuts(operations: list[Operation], source: int, sink: int) -> set[int]:

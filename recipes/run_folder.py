@@ -44,6 +44,8 @@ def open_run(config: Config, num_processes: int) -> tuple[Path | None, list[dict
         RecipeError: output_dir holds another run, or the checkpoint is missing, unreadable, or of other settings.
     """
     output_dir = Path(config.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise RecipeError(f"output_dir {output_dir} is a file; name a folder, e.g. --output_dir runs/digits")
     held = [name for name in ("config.yaml", *RESULTS, *CHECKPOINTS) if (output_dir / name).exists()]
     if config.resume is None:
         if held:

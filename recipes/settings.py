@@ -39,7 +39,7 @@ class Config:
     method: Method = "bdropdml"
     drop_prob: float = 0.2
     block_size: int = 3
-    sites: list[str | int] | str | None = None
+    sites: list[int | str] | int | str | None = None
     calibration: Literal["exact", "eq6", "eq7"] = "exact"
     batch_norm: Literal["joint", "per_submodel"] = "joint"
     alpha: float = 0.1

@@ -134,9 +134,10 @@ def build_model(config: Config, data: ImageData) -> nn.Module:
         )
         with torch.no_grad():  # a model that cannot take these images is better refused before anything is written
             model.eval()(torch.zeros(1, *shape))
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # whatever a constructor, or the hub that pretrained weights come from, makes of them
         raise RecipeError(
-            f"model {config.model} with model_kwargs {config.model_kwargs} takes no images of {shape}: {error}"
+            f"model {config.model} with model_kwargs {config.model_kwargs} cannot be built or takes no images of "
+            f"{shape}: {error}"
         ) from error
     model.train()
     if config.method != "none":

@@ -2,6 +2,7 @@ import os
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from hypothesis import settings
 
 # Each example builds tensors, whose first allocation can take long; the properties themselves are exact.
@@ -16,3 +17,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps one state per process, whose mixed precision no later Accelerator may change."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

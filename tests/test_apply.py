@@ -274,9 +274,51 @@ def test_an_nn_sequential_stays_the_network_that_it_was():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 36, 3))
     x = torch.randn(2, 3, 8, 8)
     expected = model.eval()(x)
+    layers = list(model)
     apply_rblock(model, ["1"], input_size=(3, 8, 8))
     assert torch.equal(model(x), expected)
     assert model.train()(x).shape == (4, 3)
+    assert list(model) == layers
+    assert (len(model), model[-1]) == (4, layers[-1])
+    assert type(model[:2]) is nn.Sequential
+    assert list(model[:2]) == layers[:2]
+    model[-1] = nn.Linear(4 * 36, 7)
+    assert model(x).shape == (4, 7)
+    assert list(remove_rblock(model)) == [*layers[:3], model[-1]]
+
+
+@pytest.mark.parametrize(
+    ("build", "site", "shape", "axis"),
+    [
+        (lambda: timm.create_model("convnext_tiny"), "stages.3.blocks.0.norm", (7, 7, 768), -1),
+        (lambda: timm.create_model("convnext_atto"), "stages.3.blocks.0.conv_dw", (320, 7, 7), 1),
+        (lambda: timm.create_model("mambaout_femto"), "stages.3", (7, 7, 288), -1),
+        (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "layers.3", (7, 7, 768), -1),
+        (lambda: torchvision.models.swin_t(weights=None), "features.7", (7, 7, 768), -1),
+        (lambda: torchvision.models.swin_t(weights=None), "features.5.1.norm1", (14, 14, 384), -1),
+    ],
+)
+def test_channels_are_found_wherever_they_are(build, site, shape, axis):
+    description = describe(apply_rblock(build(), site)).sites[0]
+    assert (description.shape, description.channel_axis) == (shape, axis)
+
+
+@pytest.mark.parametrize("method", ["bdropdml", "sdropdml"])
+def test_a_channels_last_map_is_masked_along_its_own_axes(method):
+    class ChannelsLast(Maps):
+        def forward(self, x):
+            return self.stage(x.movedim(1, -1)).movedim(-1, 1)
+
+    model = apply_rblock(ChannelsLast().train(), "stage", method=method, drop_prob=0.5, input_size=(6, 9, 5))
+    assert (model.rblock.stage.shape, model.rblock.stage.channel_axis) == ((9, 5, 6), -1)
+    first, second = split_pair(model(torch.ones(200, 6, 9, 5)))
+    union = (first == 0) | (second == 0)
+    if method == "bdropdml":
+        assert (union == union[:, :1]).all()
+    else:
+        assert (union.flatten(2).all(2) == union.flatten(2).any(2)).all()
+    dropped = union.flatten(1).double().mean(1)
+    assert abs(dropped.mean().item() - 0.5) < 4 * dropped.std().item() / 200**0.5
 
 
 def test_the_default_input_has_the_channels_that_the_stem_takes():

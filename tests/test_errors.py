@@ -82,6 +82,8 @@ SITES = [
     ([-9], r"site -9 is no stage"),
     ([True], r"site True is a bool"),
     ([2.0], r"site 2.0 is a float"),
+    (2.0, r"site 2.0 is a float"),
+    (b"layer3", r"site b'layer3' is a bytes"),
     ("blocks.*", r"no feature map of ResNet matches 'blocks\.\*'"),
     ("fc", r"the output of 'fc' is no feature map: expected 4 axes .* got \('N', 5\).*sites='head'"),
     ("global_pool", r"the output of 'global_pool' is no feature map"),
@@ -134,6 +136,8 @@ def test_an_input_size_that_does_not_fit(resnet):
         apply_rblock(resnet, input_size=(5, 32, 32))
     with pytest.raises(SettingError, match=r"input_size=\(3,\) is not the shape of one sample"):
         apply_rblock(resnet, input_size=(3,))
+    with pytest.raises(SettingError, match="input_size=64 is not the shape"):
+        apply_rblock(resnet, input_size=64)
     with pytest.raises(SettingError, match=r"input_size=\(3, 0, 32\) is not the shape"):
         apply_rblock(resnet, input_size=(3, 0, 32))
     assert snapshot(resnet) == before
@@ -164,6 +168,10 @@ WRAPPERS = [
     (nn.DataParallel, r"DataParallel is wrapped in DataParallel; .* DataParallel\(apply_rblock\(model\)\)"),
     (torch.compile, r"is compiled; convert the model first: torch.compile\(apply_rblock\(model\)\)"),
     (compile_in_place, r"ResNet is compiled; convert the model first"),
+    (
+        lambda model: Accelerator(cpu=True).prepare(model),
+        r"ResNet is prepared by Accelerate; convert the model first: accelerator.prepare\(apply_rblock\(model\)\)",
+    ),
     (
         lambda model: Accelerator(cpu=True, mixed_precision="bf16").prepare(model),
         r"ResNet is prepared by Accelerate; convert the model first: accelerator.prepare\(apply_rblock\(model\)\)",
@@ -239,6 +247,18 @@ def test_a_forward_that_draws_random_numbers_around_the_sites():
     assert snapshot(model) == before
 
 
+def test_lazy_layers_and_what_is_no_model_to_list():
+    class Lazy(Maps):
+        def __init__(self):
+            super().__init__()
+            self.stage = nn.LazyConv2d(4, 3)
+
+    with pytest.raises(ConversionError, match="Lazy has lazy layers that no batch has initialised yet"):
+        apply_rblock(Lazy(), "stage", input_size=(3, 8, 8))
+    with pytest.raises(ConversionError, match=r"expected a torch.nn.Module, got NoneType"):
+        list_sites(None)
+
+
 def test_hooks_on_a_module_that_would_be_inlined():
     model = torchvision.models.vgg11(weights=None)
     model.features.register_forward_hook(lambda *_: None)
@@ -312,4 +332,5 @@ def test_a_model_that_accelerate_has_unwrapped_converts():
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = accelerator.prepare(timm.create_model("test_resnet", num_classes=5))
     bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    del bare._is_accelerate_prepared  # Accelerate leaves its mark, by which a model in use is refused
     assert apply_rblock(bare).train()(torch.randn(2, 3, 64, 64)).shape == (4, 5)

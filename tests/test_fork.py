@@ -68,6 +68,16 @@ class ConstantOfNumbers(Awkward):
         return self.fc((self.second(x) * weights.to(x) - self.shift).mean((2, 3)))
 
 
+class ChangedInPlace(Awkward):
+    """Uses a map from before the fork behind it, changes it in place, and uses it again."""
+
+    def forward(self, x):
+        early = self.first(x)
+        late = self.second(early.relu()) + early
+        early.mul_(2)
+        return self.fc((late + early).mean((2, 3)))
+
+
 class CalledTwice(Awkward):
     def forward(self, x):
         x = self.first(x)
@@ -141,6 +151,25 @@ def test_constants_and_buffers_are_read_from_the_model_itself():
     with torch.no_grad():
         model.shift.fill_(float("inf"))
     assert model(torch.randn(2, 3, 8, 8)).isnan().any()
+
+
+def test_a_map_that_is_changed_in_place_is_not_doubled_beforehand():
+    model = convert(ChangedInPlace)
+    assert "changed in place" in describe(model).early_fork_reason
+    x = torch.randn(5, 3, 8, 8)
+    with recorded_masks(model) as masks:
+        output = model(x)
+    torch.testing.assert_close(output, two_forwards(ChangedInPlace().train(), masks, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_of_any_precision_convert(dtype):
+    model = convert(lambda: SizeReadBefore().to(dtype))
+    assert model(torch.randn(2, 3, 8, 8, dtype=dtype)).dtype == dtype
+
+
+def test_an_empty_batch_gives_an_empty_pair():
+    assert convert(UnpairedBranch)(torch.randn(0, 3, 8, 8)).shape == (0, 3)
 
 
 def test_a_module_called_twice_has_a_mask_for_each_call():

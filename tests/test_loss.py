@@ -105,6 +105,17 @@ def test_soft_targets_of_mixup_reach_timms_criterion():
     assert loss.item() == pytest.approx(rblock_loss(logits, target, 0.1, 3.0), rel=1e-5)
 
 
+def test_classes_that_both_sub_models_rule_out_do_not_count():
+    logits = torch.randn(6, 4)
+    logits[:, 3] = -torch.inf
+    logits.requires_grad_()
+    target = torch.randint(3, (3,))
+    loss = RBlockLoss(alpha=0.5)(logits, target)
+    assert loss.item() == pytest.approx(RBlockLoss(alpha=0.5)(logits[:, :3], target).item())
+    loss.backward()
+    assert torch.isfinite(logits.grad).all()
+
+
 def test_the_terms_add_up_to_the_loss():
     logits, target = torch.randn(8, 3), torch.randint(3, (4,))
     loss = RBlockLoss(alpha=0.3, temperature=2.0)
@@ -150,6 +161,9 @@ def test_outputs_and_targets_that_are_no_tensors_are_refused():
         ({"alpha": -0.1}, r"alpha=-0.1 is not in \[0, 1\]"),
         ({"alpha": 1.5}, r"alpha=1.5 is not in \[0, 1\]"),
         ({"alpha": float("nan")}, "alpha=nan"),
+        ({"alpha": "0.1"}, "alpha=0.1 is not in"),
+        ({"criterion": nn.CrossEntropyLoss}, r"criterion=<class .* is no loss that can be called"),
+        ({"criterion": "ce"}, "criterion='ce' is no loss"),
         ({"temperature": 0.0}, "temperature=0.0 is not a positive number"),
         ({"temperature": float("inf")}, "temperature=inf is not a positive number"),
         ({"reduction": "none"}, "reduction='none' is neither 'sum'"),

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import timm
 import torch
@@ -5,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rblock_fx import DropSchedule, apply_rblock, describe, set_drop_prob
+from rblock_fx import DropSchedule, SettingError, apply_rblock, describe, set_drop_prob
 from tests.oracles import Maps
 
 
@@ -53,6 +54,18 @@ def test_a_schedule_goes_on_from_its_state(model):
     for one in (schedule, resumed):
         one.step()
     assert rates(resumed_model) == rates(model) == [pytest.approx(0.1)] * 2
+
+
+def test_a_state_that_is_none_is_refused(model):
+    schedule = DropSchedule(model, 0.0, 0.2, 8)
+    with pytest.raises(SettingError, match=r"lacks \['start', 'end', 'total_steps', 'steps_done'\]"):
+        schedule.load_state_dict({})
+    assert schedule.steps_done == 0
+
+
+def test_numpy_numbers_are_numbers():
+    model = apply_rblock(Maps(), "stage", drop_prob=np.float32(0.25), block_size=np.int64(5), input_size=(2, 9, 9))
+    assert (model.rblock.stage.drop_prob, model.rblock.stage.block_size) == (0.25, 5)
 
 
 def test_the_rate_that_is_set_is_the_rate_that_happens():
