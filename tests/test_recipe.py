@@ -369,6 +369,27 @@ def test_wrong_setting_is_one_line_and_touches_nothing(arguments, message, tmp_p
     assert snapshot(tmp_path) == {}
 
 
+@pytest.mark.usefixtures("in_process")
+def test_weights_that_no_hub_gives_are_one_line(tmp_path, capsys, monkeypatch):
+    def unreachable(*_arguments, **_options):
+        raise OSError("the hub cannot be reached")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    arguments = ["--model_kwargs", '{"pretrained": true}', "--output_dir", "out"]
+    assert "the hub cannot be reached" in fails(capsys, monkeypatch, "--config", CONFIG, *TINY, *arguments)
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.usefixtures("in_process")
+def test_an_output_dir_that_is_a_file_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("mine")
+    line = fails(capsys, monkeypatch, "--config", CONFIG, *TINY, "--output_dir", "taken")
+    assert "output_dir taken is a file; name a folder" in line
+    assert Path("taken").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
