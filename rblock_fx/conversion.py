@@ -125,19 +125,19 @@ class RBlockModel(SwappedClass):
             "__doc__": original.__doc__,
         }
         if issubclass(original, nn.Sequential):
-            members |= _sequence_without_masks(original)
+            members |= _sequence_without_masks()
         return type(f"RBlock{original.__name__}", (cls, original), members)
 
 
-def _sequence_without_masks(original: type[nn.Sequential]) -> dict[str, Callable[..., Any]]:
+def _sequence_without_masks() -> dict[str, Callable[..., Any]]:
     """Keep the length, the layers and the slices of a sequence, of whose children the masks are the last."""
 
     def layers(self: nn.Module) -> dict[str, Any]:
         return {name: module for name, module in self._modules.items() if name != "rblock"}
 
-    def getitem(self: nn.Sequential, index: Any) -> Any:
-        plain = original(OrderedDict(layers(self)))
-        return plain[index]
+    def getitem(self: nn.Module, index: Any) -> Any:
+        # By way of nn.Sequential, since a subclass may be made of other things than layers.
+        return nn.Sequential(OrderedDict(layers(self)))[index]
 
     return {
         "__len__": lambda self: len(layers(self)),

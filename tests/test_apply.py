@@ -326,6 +326,14 @@ def test_the_default_input_has_the_channels_that_the_stem_takes():
     assert describe(apply_rblock(model)).input_size == (1, 160, 160)
 
 
+def test_a_sequence_with_a_constructor_of_its_own_can_be_sliced():
+    model = torchvision.ops.Conv2dNormActivation(3, 4, norm_layer=None, activation_layer=nn.ReLU)
+    layers = list(model)
+    apply_rblock(model, ["1"], input_size=(3, 8, 8))
+    assert list(model[1:]) == layers[1:]
+    assert model.train()(torch.randn(2, 3, 8, 8)).shape == (4, 4, 8, 8)
+
+
 def test_list_sites_is_data_and_prints_as_a_table():
     sites = list_sites(timm.create_model("resnet50"))
     assert [(site.index, site.path, site.shape, site.channel_axis) for site in sites[-2:]] == [
