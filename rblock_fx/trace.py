@@ -72,7 +72,8 @@ def trace_ancestors(replica: nn.Module, sites: Sequence[Site]) -> Trace:
     """Trace the training forward of a weightless copy.
 
     Raises:
-        ConversionError: the forward of the model, or of a module around a site, cannot be traced, or carries hooks.
+        ConversionError: the forward of the model, or of a module around a site, cannot be traced or draws
+            random numbers, or a site gives no single tensor in train mode.
     """
     tracer = SiteTracer(replica, sites)
     defaults = {
