@@ -42,7 +42,7 @@ def build(
         rblock.register_buffer(name, constant, persistent=False)
     _give(replica, rblock)
 
-    plain = run_graph(trace.graph, replica, input_size)
+    plain = _run_plain(trace, replica, input_size)
     masked = _named(trace, taken={*dir(rblock), "conversion"})
     calls = insert_masks(trace.graph, {f"rblock.{name}": record for name, (_, record) in masked.items()})
     masked = {name: masked[name] for name in masked if f"rblock.{name}" in calls.values()}
@@ -91,6 +91,22 @@ def build(
 def _give(replica: nn.Module, rblock: RBlock) -> None:
     """Put a copy of the masks and constants on the replica, without data as everything there."""
     replica.add_module("rblock", copy.deepcopy(rblock).to(META))
+
+
+def _run_plain(trace: Trace, replica: nn.Module, input_size: Shape) -> Probe:
+    """Run the graph as it was traced.
+
+    Raises:
+        ConversionError: it runs in eval mode only, on samples of this size.
+    """
+    try:
+        return run_graph(trace.graph, replica, input_size)
+    except Exception as error:
+        raise ConversionError(
+            f"{type(replica).__name__} does not run in train mode on a batch of {('N', *input_size)}: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\nPass the shape of one sample "
+            "that it trains on, e.g. input_size=(3, 299, 299) for Inception v3, whose auxiliary head needs that much."
+        ) from error
 
 
 def _try_out(trace: Trace, replica: nn.Module, input_size: Shape, plain: Probe, parts: int) -> Probe:

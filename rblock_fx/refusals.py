@@ -31,11 +31,6 @@ def refuse_unconvertible(model: nn.Module) -> None:
         raise ConversionError(f"apply_rblock: {name} is {reason}; convert the model first: {remedy}")
     if "rblock" in model._modules or hasattr(model, "rblock"):
         raise ConversionError(f"{name} has an attribute 'rblock', where the masks would go; rename it first")
-    if type(model).__module__.startswith("torchvision.models.detection"):
-        raise ConversionError(
-            f"{name} is a detection model: it takes lists of images and gives losses, which have no pair of outputs. "
-            "Its backbone converts alone: apply_rblock(model.backbone)"
-        )
 
 
 def _wrapper_of(model: nn.Module) -> tuple[str, str] | None:

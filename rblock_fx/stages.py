@@ -10,6 +10,7 @@ from rblock_fx.errors import ConversionError, SettingError
 from rblock_fx.replica import weightless_copy
 from rblock_fx.survey import ModuleRun, Shape, Survey, first_shape, survey_forward
 from rblock_fx.tables import format_table
+from rblock_fx.unsuitable import refuse_unsuitable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +82,9 @@ def survey_model(model: nn.Module, replica: nn.Module, input_size: Sequence[int]
 
     Raises:
         SettingError: the input size is no shape of a sample.
-        ConversionError: the model does not run on a batch of this size.
+        ConversionError: the model does not run on a batch of this size, or is none that could be converted.
     """
+    refuse_unsuitable(model)
     if input_size is not None:
         size = tuple(input_size) if isinstance(input_size, Iterable) else ()
         if len(size) < 2 or not all(isinstance(length, int) and length > 0 for length in size):

@@ -131,8 +131,8 @@ def survey_forward(replica: nn.Module, input_size: Shape) -> Survey:
         raise ConversionError(
             f"{name} does not run on a batch of {('N', *input_size)}: {type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''}\nPass the shape of one sample: "
-            "input_size=(channels, height, width); a model whose forward takes no image batch (detection, text) "
-            "cannot be converted, but its backbone can, passed alone."
+            "input_size=(channels, height, width), for video (channels, frames, height, width); a model whose forward "
+            "takes no image batch (detection, text) cannot be converted, but its backbone can, passed alone."
         ) from error
     outputs = _tensors(output)
     if not outputs:

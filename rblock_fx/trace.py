@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -98,6 +99,13 @@ class SiteTracer(fx.Tracer):
             consumer = output.node if isinstance(output, fx.Proxy) else None
             self.outputs[self._sites[m, True]].append((args[0] if args else None, consumer))
         return output
+
+    def create_arg(self, a: Any) -> Any:
+        """Keep the type of a dictionary, of which fx makes a plain one."""
+        if isinstance(a, OrderedDict):
+            items = [self.create_arg(item) for item in a.items()]
+            return self.create_node("call_function", type(a), (items,), {})
+        return super().create_arg(a)
 
     def _switch(self) -> str | None:
         """The attribute of the innermost module around that switches checkpointing, if it was that that did."""
