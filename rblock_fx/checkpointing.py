@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch.utils.checkpoint
-from torch import nn
+from torch import fx, nn
 
 from rblock_fx.trace import Trace
 
@@ -11,6 +11,7 @@ from rblock_fx.trace import Trace
 def keep_checkpointing(trace: Trace, replica: nn.Module) -> None:
     """Call each module that may be checkpointed by way of `run_checkpointed`, in place."""
     graph = trace.graph
+    switches: dict[str, fx.Node] = {}
     for node in [node for node in graph.nodes if node.op == "call_module"]:
         inside = {path: _relative(path, node.target) for path in trace.checkpointed}
         parts = tuple(part for part in inside.values() if part is not None)
@@ -20,11 +21,12 @@ def keep_checkpointing(trace: Trace, replica: nn.Module) -> None:
             parts = ("",)
         switch = next(trace.checkpointed[path] for path, part in inside.items() if part is not None)
         with graph.inserting_before(node):
-            module = graph.get_attr(node.target)
-            enabled = True if switch is None else graph.get_attr(switch)
-            call = graph.call_function(run_checkpointed, (module, parts, enabled, *node.args), node.kwargs)
-        node.replace_all_uses_with(call)
-        graph.erase_node(node)
+            module = graph.create_node("get_attr", node.target, name=f"{node.name}_module")
+            if switch is not None and switch not in switches:
+                switches[switch] = graph.get_attr(switch)
+        enabled = True if switch is None else switches[switch]
+        node.op, node.target = "call_function", run_checkpointed
+        node.args = (module, parts, enabled, *node.args)
 
 
 def run_checkpointed(module: nn.Module, parts: tuple[str, ...], enabled: bool, *args: Any, **kwargs: Any) -> Any:

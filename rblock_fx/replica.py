@@ -19,11 +19,15 @@ from rblock_fx.errors import ConversionError
 
 META = torch.device("meta")
 
+# The attribute by which timm's models switch activation checkpointing, read by the module that calls the others.
+CHECKPOINTING = "grad_checkpointing"
+
 
 def weightless_copy(model: nn.Module) -> nn.Module:
     """Copy a model with every tensor on the meta device: same code and shapes, no memory, no side effects.
 
     The user's hooks are left behind, since a copied hook would report shapes of batches that were never trained on.
+    Activation checkpointing is off in the copy: where it is on, timm's models call blocks without their stages.
 
     Raises:
         ConversionError: the model cannot be copied.
@@ -51,6 +55,8 @@ def weightless_copy(model: nn.Module) -> nn.Module:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils")]:
                 del hooks[key]
+        if CHECKPOINTING in vars(module):
+            setattr(module, CHECKPOINTING, False)
     return replica
 
 

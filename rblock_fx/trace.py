@@ -13,12 +13,9 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
 from rblock_fx.errors import ConversionError
-from rblock_fx.replica import random_state_kept
+from rblock_fx.replica import CHECKPOINTING, random_state_kept
 from rblock_fx.stages import Site, containers_of
 from rblock_fx.survey import Shape
-
-# The attribute by which timm's models switch activation checkpointing, read by the module that calls the others.
-CHECKPOINTING = "grad_checkpointing"
 
 
 @dataclasses.dataclass(frozen=True)
