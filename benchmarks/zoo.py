@@ -41,6 +41,7 @@ from torch.utils import _pytree as pytree
 from torchvision.models import get_model_builder, list_models
 
 from rblock_fx import RBlockError, apply_rblock, describe, list_sites, set_drop_prob, split_pair
+from rblock_fx.replica import dry_run
 
 ROOT = pathlib.Path(__file__).parent.parent
 LINES = ROOT / "benchmarks" / "results" / "zoo.jsonl"
@@ -145,7 +146,7 @@ def _has_maps(model: nn.Module) -> bool | None:
         if isinstance(entry, dict) and entry.get("module") in modules:
             modules[entry["module"]].register_forward_hook(record)
     try:
-        with torch.no_grad(), torch.device("meta"):
+        with dry_run():
             model(torch.empty(2, *model.pretrained_cfg["input_size"]))
     except Exception:
         return None
@@ -236,7 +237,7 @@ def _smallest_size(model: nn.Module, native: tuple[int, ...]) -> tuple[int, ...]
     for side in (*(side for side in SIDES if side < native[-1]), None):
         size = native if side is None else (*native[:-2], side, side)
         try:
-            with torch.no_grad(), torch.device("meta"):
+            with dry_run():
                 for training in (False, True):
                     weightless.train(training)(torch.empty(2, *size))
             return size
