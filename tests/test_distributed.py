@@ -154,6 +154,7 @@ def test_processes_of_one_seed_draw_the_same_masks(data_parallel):
 def test_the_buffers_that_ddp_broadcasts_leave_the_rates_as_they_were_set(data_parallel):
     for found in data_parallel:
         assert found["rates after a step"] == found["rates set"]
+        assert {shape for name, shape in found["shapes of buffers"].items() if name.startswith("rblock.")} == {()}
         assert {name: rate for name, (rate, _) in found["rates set"].items()} == {
             "stages_1": pytest.approx(0.5),
             "stages_2": pytest.approx(0.3),
