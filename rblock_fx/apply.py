@@ -1,6 +1,5 @@
 """apply_rblock and remove_rblock: the order of the steps."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -8,14 +7,14 @@ from torch import nn
 
 from rblock_fx.batch_norm import PerSubmodelBatchNorm
 from rblock_fx.build import build
-from rblock_fx.check import Trial, try_out
 from rblock_fx.conversion import RBlock, RBlockModel, device_of
 from rblock_fx.errors import SiteError
-from rblock_fx.refusals import refuse_hooks_on_inlined, refuse_prepared, refuse_unconvertible
+from rblock_fx.guards import refuse_hooks
+from rblock_fx.refusals import refuse_prepared, refuse_unconvertible
 from rblock_fx.replica import weightless_copy
 from rblock_fx.settings import Settings, check_settings
 from rblock_fx.sites import HEAD, Sites, resolve_sites
-from rblock_fx.stages import Site, survey_model
+from rblock_fx.stages import Site, containers_of, survey_model
 from rblock_fx.swap import unswap
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -69,12 +68,11 @@ def apply_rblock(
     survey = survey_model(model, replica, input_size)
     asked = resolve_sites(model, survey, HEAD if sites is None and not settings.mask_class.needs_map else sites)
     _refuse_unsuitable(asked, settings)
-    refuse_hooks_on_inlined(model, asked)
 
     in_forward_order = sorted(asked, key=lambda site: survey.position(site.path))
+    refuse_hooks(model, containers_of(asked))
     rblock = build(replica, in_forward_order, asked, settings, survey.input_size)
-    trial = try_out(replica, rblock, survey.input_size, settings.mask_class.parts)
-    _install(model, rblock, trial)
+    _install(model, rblock)
     return model
 
 
@@ -108,12 +106,11 @@ def _refuse_unsuitable(sites: Sequence[Site], settings: Settings) -> None:
             )
 
 
-def _install(model: nn.Module, rblock: RBlock, trial: Trial) -> None:
+def _install(model: nn.Module, rblock: RBlock) -> None:
     """Change the model: the only step that does, and none of it can fail."""
-    rblock.conversion = dataclasses.replace(rblock.conversion, cost=trial.cost)
     vars(model).pop("forward", None)  # at most the class's own, left there by Accelerate's unwrap_model
     model.add_module("rblock", rblock.to(device_of(model)).train(model.training))
     RBlockModel.swap(model)
     if rblock.conversion.batch_norm == "per_submodel":
-        for path in trial.paired_batch_norms:
+        for path in rblock.conversion.paired_batch_norms:
             PerSubmodelBatchNorm.swap(model.get_submodule(path))

@@ -1,96 +1,156 @@
 """Building, on a weightless copy, what a model is given: its masks and its training forward."""
 
 import copy
-import math
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from rblock_fx.checkpointing import keep_checkpointing
 from rblock_fx.conversion import Conversion, RBlock, TrainingForward
-from rblock_fx.fork import Fork, MaskedNode, fork_batch, insert_masks, probe_growth
-from rblock_fx.masks import Mask
+from rblock_fx.errors import ConversionError
+from rblock_fx.fork import Fork, fork_batch, insert_masks
+from rblock_fx.probe import Growths, Probe, run_graph
 from rblock_fx.replica import META
 from rblock_fx.settings import Settings, one_per_site
-from rblock_fx.stages import Site
+from rblock_fx.stages import Site, containers_of
 from rblock_fx.survey import Shape
-from rblock_fx.trace import trace_ancestors
+from rblock_fx.trace import Record, Trace, trace_ancestors
 
 
 def build(
     replica: nn.Module, sites: Sequence[Site], asked: Sequence[Site], settings: Settings, input_size: Shape
 ) -> RBlock:
-    """Trace, insert the masks, fork, and make the mask modules.
+    """Trace, insert the masks, fork, make the mask modules, and try the result out.
 
     Args:
-        replica: the copy; its constants are put under `rblock`, nothing else changes.
+        replica: the copy; its constants and masks are put under `rblock`, nothing else changes.
         sites: the sites in forward order.
         asked: the same in the order in which the user named them, which is that of their drop rates and block sizes.
         settings: the checked settings.
         input_size: shape of one sample.
+
+    Raises:
+        ConversionError: the forward cannot be traced, or does not give the rows of both sub-models in every output.
     """
     drop_probs = one_per_site("drop_prob", settings.drop_prob, len(asked))
     block_sizes = one_per_site("block_size", settings.block_size, len(asked))
-    order = tuple(asked.index(site) for site in sites)
 
     trace = trace_ancestors(replica, sites)
     rblock = RBlock()
     for name, constant in trace.constants.items():
         rblock.register_buffer(name, constant, persistent=False)
-    if trace.constants:
-        replica.add_module("rblock", copy.deepcopy(rblock).to(META))
+    _give(replica, rblock)
 
-    growth = probe_growth(trace.graph, replica, input_size)
-    names = _mask_names({site: len(calls) for site, calls in trace.nodes.items()}, taken={*dir(rblock), "conversion"})
-    masked = [
-        MaskedNode(node, consumer, f"rblock.{name}")
-        for site in sites
-        for (node, consumer), name in zip(trace.nodes[site], names[site], strict=True)
-    ]
-    calls = insert_masks(trace.graph, masked)
+    plain = _run_plain(trace, replica, input_size)
+    masked = _named(trace, taken={*dir(rblock), "conversion"})
+    calls = insert_masks(trace.graph, {f"rblock.{name}": record for name, (_, record) in masked.items()})
+    masked = {name: masked[name] for name in masked if f"rblock.{name}" in calls.values()}
+    growths = Growths(trace.graph, replica, input_size, plain)
     pairs = settings.mask_class.parts == 2
-    fork = fork_batch(trace.graph, calls, growth) if pairs else Fork(frozenset(), None)
+    fork = fork_batch(trace.graph, calls, growths) if pairs else Fork(frozenset(), None)
     trace.graph.lint()
 
-    for site, place in zip(sites, order, strict=True):
-        for name in names[site]:
-            forks = f"rblock.{name}" in fork.forking
-            rblock.add_module(name, _make_mask(site, settings, drop_probs[place], int(block_sizes[place]), forks))
+    for name, (site, record) in masked.items():
+        place = asked.index(site)
+        mask = settings.mask_class(
+            drop_prob=float(drop_probs[place]),
+            block_size=int(block_sizes[place]),
+            calibration=settings.calibration,
+            shape=record.shape,
+            channel_axis=site.channel_axis,
+            forks=f"rblock.{name}" in fork.forking,
+        )
+        rblock.add_module(name, mask)
+    _give(replica, rblock)
+
+    converted = _try_out(trace, replica, input_size, plain, parts=settings.mask_class.parts)
+    cost = _flops(trace, converted, plain) / (sum(plain.flops.values()) or 1)
+    keep_checkpointing(trace, replica)
     code = trace.graph.python_code("self")
     rblock.conversion = Conversion(
         method=settings.method,
         calibration=settings.calibration,
         batch_norm=settings.batch_norm,
         input_size=input_size,
-        masks=tuple((site, names[site]) for site in sites),
-        order=order,
+        masks=tuple(
+            (site, {name: record.item for name, (at, record) in masked.items() if at == site}) for site in sites
+        ),
+        order=tuple(map(asked.index, sites)),
         forward=TrainingForward(code.src, code.globals, trace.specialised),
+        inlined=containers_of(sites),
+        paired_batch_norms=tuple(
+            path for path, rows in converted.batch_norm_rows.items() if rows == 2 * plain.batch_norm_rows.get(path, 0)
+        ),
         early_fork_reason=fork.reason,
-        cost=math.nan,  # known after the trial
+        cost=cost,
     )
     return rblock
 
 
-def _make_mask(site: Site, settings: Settings, drop_prob: float, block_size: int, forks: bool) -> Mask:
-    return settings.mask_class(
-        drop_prob=float(drop_prob),
-        block_size=block_size,
-        calibration=settings.calibration,
-        shape=site.shape,
-        channel_axis=site.channel_axis,
-        forks=forks,
-    )
+def _give(replica: nn.Module, rblock: RBlock) -> None:
+    """Put a copy of the masks and constants on the replica, without data as everything there."""
+    replica.add_module("rblock", copy.deepcopy(rblock).to(META))
 
 
-def _mask_names(calls: dict[Site, int], taken: set[str]) -> dict[Site, tuple[str, ...]]:
-    """Name the masks of each site, one per call of its module, after its path."""
+def _run_plain(trace: Trace, replica: nn.Module, input_size: Shape) -> Probe:
+    """Run the graph as it was traced.
 
-    def free(name: str) -> str:
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        return name
+    Raises:
+        ConversionError: it runs in eval mode only, on samples of this size.
+    """
+    try:
+        return run_graph(trace.graph, replica, input_size)
+    except Exception as error:
+        raise ConversionError(
+            f"{type(replica).__name__} does not run in train mode on a batch of {('N', *input_size)}: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\nPass the shape of one sample "
+            "that it trains on, e.g. input_size=(3, 299, 299) for Inception v3, whose auxiliary head needs that much."
+        ) from error
 
-    return {
-        site: tuple(free(site.path.replace(".", "_") + (f"_call{call}" if call else "")) for call in range(count))
-        for site, count in calls.items()
-    }
+
+def _try_out(trace: Trace, replica: nn.Module, input_size: Shape, plain: Probe, parts: int) -> Probe:
+    """Run the graph with its masks and compare with the plain one.
+
+    Raises:
+        ConversionError: it fails, or does not give `parts` times the rows in every output.
+    """
+    name = type(replica).__name__
+    try:
+        converted = run_graph(trace.graph, replica, input_size, known=plain)
+    except Exception as error:
+        raise ConversionError(
+            f"the training forward generated for {name} does not run ({type(error).__name__}: {error}); choose other "
+            "sites: list_sites(model)."
+        ) from error
+    expected = [(parts * shape[0], *shape[1:]) for shape in _shapes(plain.output)]
+    if _shapes(converted.output) != expected:
+        raise ConversionError(
+            f"the training forward generated for {name} gives {_shapes(converted.output)}, expected {expected}: the "
+            "network mixes the samples of a batch, or its sites do not reach the output; choose other sites: "
+            "list_sites(model)."
+        )
+    return converted
+
+
+def _shapes(output: object) -> list[Shape]:
+    return [tuple(leaf.shape) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _flops(trace: Trace, converted: Probe, plain: Probe) -> int:
+    """FLOPs of the converted forward, of which the part before the fork was run once."""
+    return sum(converted.flops.get(node, plain.flops.get(node, 0)) for node in trace.graph.nodes)
+
+
+def _named(trace: Trace, taken: set[str]) -> dict[str, tuple[Site, Record]]:
+    """Name the masks after the paths of their sites, one for each map of each call of the module."""
+    named: dict[str, tuple[Site, Record]] = {}
+    for site, records in trace.records.items():
+        for index, record in enumerate(records):
+            call = index // len(site.shapes)
+            item = "" if record.item is None else f"_map{record.item}"
+            name = site.path.replace(".", "_") + item + (f"_call{call}" if call else "")
+            while name in taken or name in named:
+                name += "_"
+            named[name] = (site, record)
+    return named

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rblock_fx.errors import ConversionError
+from rblock_fx.guards import refuse_hooks, refuse_replaced_batch_norms
 from rblock_fx.masks import Mask
 from rblock_fx.stages import Site
 from rblock_fx.swap import SwappedClass
@@ -68,10 +69,12 @@ class Conversion:
         calibration: how gamma follows from the drop probability.
         batch_norm: "joint" or "per_submodel".
         input_size: shape of one sample.
-        masks: each site, in forward order, with the names of its masks under `model.rblock`; several where the module
-            is called several times.
+        masks: each site, in forward order, with its masks: their names under `model.rblock`, and the place of the map
+            in the list that the module gives (None where it gives one); several where it is called several times.
         order: for each of them, its place in the order in which the user named the sites.
         forward: the generated training forward.
+        inlined: the modules around the sites, which the generated forward contains instead of calling them.
+        paired_batch_norms: the batch norms behind the fork.
         early_fork_reason: why the batch doubles at the input; None where it doubles at the first mask.
         cost: FLOPs of the training forward over those of the plain one.
     """
@@ -80,9 +83,11 @@ class Conversion:
     calibration: str
     batch_norm: str
     input_size: tuple[int, ...]
-    masks: tuple[tuple[Site, tuple[str, ...]], ...]
+    masks: tuple[tuple[Site, dict[str, int | None]], ...]
     order: tuple[int, ...]
     forward: TrainingForward
+    inlined: tuple[str, ...]
+    paired_batch_norms: tuple[str, ...]
     early_fork_reason: str | None
     cost: float
 
@@ -116,7 +121,7 @@ class RBlockModel(SwappedClass):
             raise TypeError("the masks must be in place before the class is swapped")
         generated = module.rblock.conversion.forward
         training_forward = generated.compile(original.__name__)
-        forward = _switching_forward(original, training_forward, generated.specialised)
+        forward = _switching_forward(original, training_forward, module.rblock.conversion)
         members = {
             "forward": forward,
             "training_forward": training_forward,
@@ -147,13 +152,14 @@ def _sequence_without_masks() -> dict[str, Callable[..., Any]]:
 
 
 def _switching_forward(
-    original: type[nn.Module], training_forward: Callable[..., Any], specialised: dict[str, Any]
+    original: type[nn.Module], training_forward: Callable[..., Any], conversion: Conversion
 ) -> Callable[..., Any]:
     """Make forward(self, ...) with the very parameters of the original, which runs the one or the other.
 
     It is written out because tools read a forward's parameters from its code (torch.fx), and take a function that names
     another as __wrapped__ for a wrapper to be peeled off (Accelerate's unwrap_model).
     """
+    specialised = conversion.forward.specialised
     parameters = list(inspect.signature(original.forward).parameters.values())[1:]
     stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     defaults = {f"default_{p.name}": p.default for p in parameters if p.default is not p.empty}
@@ -166,16 +172,19 @@ def _switching_forward(
         written.insert(keyword_only[0], "*")
     passed = {p.name: stars.get(p.kind, f"{p.name}=" if p.kind is p.KEYWORD_ONLY else "") + p.name for p in parameters}
     traced = [argument for name, argument in passed.items() if name not in specialised]
-    check = f"check({', '.join(f'{name}={name}' for name in specialised)})" if specialised else "pass"
+    checked = ", ".join(["self", *(f"{name}={name}" for name in specialised)])
     source = (
         f"def forward({', '.join(['self', *written])}):\n"
         f"    if self.training:\n"
-        f"        {check}\n"
+        f"        check({checked})\n"
         f"        return training_forward({', '.join(['self', *traced])})\n"
         f"    return original_forward({', '.join(['self', *passed.values()])})\n"
     )
 
-    def check_specialised(**given: Any) -> None:
+    def check(model: nn.Module, **given: Any) -> None:
+        refuse_hooks(model, conversion.inlined)
+        if conversion.batch_norm == "per_submodel":
+            refuse_replaced_batch_norms(model, conversion.paired_batch_norms)
         for name, value in given.items():
             expected = specialised[name]
             if value is not expected and not (type(value) is type(expected) and value == expected):
@@ -184,7 +193,7 @@ def _switching_forward(
                     f"{type(value).__name__}; in train mode call model(images) without {name}, or remove_rblock(model)"
                 )
 
-    names = {"training_forward": training_forward, "original_forward": original.forward, "check": check_specialised}
+    names = {"training_forward": training_forward, "original_forward": original.forward, "check": check}
     forward = _compile_function(source, names | defaults, f"forward of RBlock{original.__name__}")
     forward.__doc__ = original.forward.__doc__
     forward.__annotations__ = dict(original.forward.__annotations__)

@@ -15,7 +15,8 @@ class SiteDescription:
     """One site of a converted model.
 
     Attributes:
-        path: qualified name of the masked module (of the classifier, for the head).
+        path: qualified name of the masked module (of the classifier, for the head), "[i]" behind it where the module
+            gives a list and this is its item i.
         shape: shape of one sample's map.
         channel_axis: 1 for (N, C, *S), -1 for (N, *S, C).
         drop_prob: present drop probability.
@@ -108,9 +109,9 @@ def describe(model: nn.Module) -> Description:
         batch_norm=conversion.batch_norm,
         input_size=conversion.input_size,
         sites=tuple(
-            _describe_site(site, mask)
-            for position, (site, _) in enumerate(conversion.masks)
-            for mask in rblock.masks_of(position)
+            _describe_site(site, mask, place)
+            for position, (site, places) in enumerate(conversion.masks)
+            for mask, place in zip(rblock.masks_of(position), places.values(), strict=True)
         ),
         cost=conversion.cost,
         early_fork_reason=conversion.early_fork_reason,
@@ -118,10 +119,11 @@ def describe(model: nn.Module) -> Description:
     )
 
 
-def _describe_site(site: Site, mask: Mask) -> SiteDescription:
+def _describe_site(site: Site, mask: Mask, place: int | None) -> SiteDescription:
+    item = "" if place is None else f"[{place}]"
     return SiteDescription(
-        path=f"{site.path} (input)" if site.is_head else site.path,
-        shape=site.shape,
+        path=f"{site.path} (input)" if site.is_head else site.path + item,
+        shape=mask.shape,
         channel_axis=site.channel_axis,
         drop_prob=mask.drop_prob,
         block_size=mask.block_size if mask.has_blocks else None,

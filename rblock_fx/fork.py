@@ -2,29 +2,14 @@
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
-from rblock_fx.replica import dry_run, meta_batch
-
-# How a value changes with the batch: not at all; its first axis (or, a number, itself) grows in proportion; otherwise,
-# which is also said of a tensor that is changed in place later on, so that a doubled copy of it would go stale.
-Growth = Literal["fixed", "rows", "count", "other"]
-
-# Two batches that tell what grows with the batch from what does not. Even, for networks that split their batch.
-PROBE_ROWS = (4, 6)
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskedNode:
-    """A node whose value is to be masked by the module `target`, for one consumer or (None) for all."""
-
-    node: fx.Node
-    consumer: fx.Node | None
-    target: str
+from rblock_fx.probe import Growths
+from rblock_fx.trace import Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,45 +24,66 @@ class _CannotForkLateError(Exception):
     """A value from before the fork is used behind it and cannot be doubled."""
 
 
-def probe_growth(graph: fx.Graph, replica: nn.Module, input_size: tuple[int, ...]) -> dict[fx.Node, Growth]:
-    """Run the traced graph of a weightless copy on two batches and compare what each node gives."""
-    small, large = (_values(graph, replica, meta_batch(replica, rows, input_size)) for rows in PROBE_ROWS)
-    growth = {node: _growth(small.values[node], large.values[node]) for node in small.values}
-    stale: dict[fx.Node, Growth] = {node: "other" for node in small.changed_later if node.op != "placeholder"}
-    return growth | stale
-
-
-def insert_masks(graph: fx.Graph, masked: Sequence[MaskedNode]) -> dict[fx.Node, MaskedNode]:
-    """Put a call of each mask module behind its node, in place."""
-    calls = {}
-    for entry in masked:
-        before = entry.consumer if entry.consumer is not None else entry.node.next
-        with graph.inserting_before(before):
-            call = graph.call_module(entry.target, (entry.node,))
-        if entry.consumer is not None:
-            entry.consumer.replace_input_with(entry.node, call)
+def insert_masks(graph: fx.Graph, masked: Mapping[str, Record]) -> dict[fx.Node, str]:
+    """Put a call of each mask module (by its path) behind its map, in place; give the calls with the module's path."""
+    calls: dict[fx.Node, str] = {}
+    lists: dict[fx.Node, dict[int, str]] = {}
+    for target, record in masked.items():
+        if record.place is not None:
+            lists.setdefault(record.node, {})[record.place] = target
+            continue
+        with graph.inserting_before(record.consumer if record.consumer is not None else record.node.next):
+            call = graph.call_module(target, (record.node,))
+        calls[call] = target
+        if record.consumer is not None:
+            record.consumer.replace_input_with(record.node, call)
         else:
-            _use_instead(entry.node, call)
-        calls[call] = entry
+            _use_instead(record.node, call)
+    for node, targets in lists.items():
+        length = next(record.length for record in masked.values() if record.node is node)
+        calls |= _mask_items(graph, node, targets, length)
     return calls
 
 
-def fork_batch(graph: fx.Graph, calls: dict[fx.Node, MaskedNode], growth: dict[fx.Node, Growth]) -> Fork:
+def _mask_items(graph: fx.Graph, node: fx.Node, targets: dict[int, str], length: int) -> dict[fx.Node, str]:
+    """Mask those items of a list that are used, and give them to everything that takes the list or an item of it."""
+    users = list(node.users)
+    with graph.inserting_before(node.next):
+        plain = [graph.call_function(operator.getitem, (node, place)) for place in range(length)]
+        calls = {place: graph.call_module(target, (plain[place],)) for place, target in targets.items()}
+    items = [calls.get(place, plain[place]) for place in range(length)]
+    for user in users:
+        if user.op == "call_function" and user.target is operator.getitem and isinstance(user.args[1], int):
+            user.replace_all_uses_with(items[user.args[1]])
+            graph.erase_node(user)
+        else:
+            user.args = fx.map_arg(user.args, lambda value: items if value is node else value)
+            user.kwargs = fx.map_arg(user.kwargs, lambda value: items if value is node else value)
+    for place in range(length):
+        if not items[place].users:
+            for unused in dict.fromkeys((items[place], plain[place])):
+                graph.erase_node(unused)
+            calls.pop(place, None)
+    return {call: targets[place] for place, call in calls.items()}
+
+
+def fork_batch(graph: fx.Graph, calls: Mapping[fx.Node, str], growths: Growths) -> Fork:
     """Double the batch at the first mask on every path, in place; at the input where that cannot be done.
 
     A node is paired if an input of it is. Where a paired node takes an unpaired value that grows with the batch, that
     value is doubled there, once: a tensor by concatenation, a number (a size read before the fork) by two.
     """
     try:
-        _plan(graph, calls, growth, edit=False)
+        _plan(graph, calls, growths, edit=False)
     except _CannotForkLateError as reason:
-        for node in [node for node in graph.nodes if node.op == "placeholder" and growth.get(node) == "rows"]:
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        for node in [node for node in inputs if growths.of(node) == "rows"]:
             _double(graph, node, node.next, torch.cat, ([node, node],), all_users=True)
         return Fork(frozenset(), str(reason))
-    return Fork(frozenset(_plan(graph, calls, growth, edit=True)), None)
+    return Fork(frozenset(_plan(graph, calls, growths, edit=True)), None)
 
 
-def _plan(graph: fx.Graph, calls: dict[fx.Node, MaskedNode], growth: dict[fx.Node, Growth], *, edit: bool) -> set[str]:
+def _plan(graph: fx.Graph, calls: Mapping[fx.Node, str], growths: Growths, *, edit: bool) -> set[str]:
     """Walk the graph in order; give the targets of the masks that fork."""
     paired: set[fx.Node] = set()
     doubled: dict[fx.Node, fx.Node] = {}
@@ -85,26 +91,25 @@ def _plan(graph: fx.Graph, calls: dict[fx.Node, MaskedNode], growth: dict[fx.Nod
     for node in list(graph.nodes):
         inputs = node.all_input_nodes
         if node in calls:
-            if calls[node].node not in paired:
-                forking.add(calls[node].target)
+            if inputs[0] not in paired:
+                forking.add(calls[node])
             paired.add(node)
             continue
         if not paired or not (paired.intersection(inputs) or node.op == "output"):
             continue
         paired.add(node)
         for value in inputs:
-            if value in paired or growth.get(value, "fixed") == "fixed":
+            growth = "fixed" if value in paired else growths.of(value)
+            if growth == "fixed":
                 continue
-            if growth[value] == "other":
+            if growth == "other":
                 raise _CannotForkLateError(
                     f"{value.name!r}, computed before the first mask, is used behind it, and has no batch axis to "
                     "double or is changed in place"
                 )
             if edit:
                 if value not in doubled:
-                    function, args = (
-                        (torch.cat, ([value, value],)) if growth[value] == "rows" else (operator.mul, (value, 2))
-                    )
+                    function, args = (torch.cat, ([value, value],)) if growth == "rows" else (operator.mul, (value, 2))
                     doubled[value] = _double(graph, value, node, function, args)
                 node.replace_input_with(value, doubled[value])
     return forking
@@ -129,56 +134,3 @@ def _double(
 def _use_instead(value: fx.Node, replacement: fx.Node) -> None:
     """Give the replacement to everything that uses the value, but for the replacement itself."""
     value.replace_all_uses_with(replacement, delete_user_cb=lambda user: user is not replacement)
-
-
-class _Recording(fx.Interpreter):
-    """Runs a graph and keeps the shape of everything."""
-
-    def __init__(self, replica: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(replica, graph=graph)
-        self.values: dict[fx.Node, Any] = {}
-        self.versions: dict[fx.Node, tuple[Tensor, int]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        self.values[n] = _summary(value)
-        if isinstance(value, Tensor):
-            self.versions[n] = (value, value._version)
-        return value
-
-    @property
-    def changed_later(self) -> set[fx.Node]:
-        """The nodes whose tensor was changed in place after they had given it."""
-        return {node for node, (tensor, version) in self.versions.items() if tensor._version != version}
-
-
-def _values(graph: fx.Graph, replica: nn.Module, x: Tensor) -> _Recording:
-    recording = _Recording(replica, graph)
-    with dry_run():
-        recording.run(x)
-    return recording
-
-
-def _summary(value: Any) -> Any:
-    """Keep of a value what tells how it grows; not the tensor, which the run may free."""
-    if isinstance(value, Tensor):
-        return ("tensor", tuple(value.shape))
-    if isinstance(value, tuple | list):
-        return ("nested", [_summary(item) for item in value])
-    if isinstance(value, dict):
-        return ("nested", [_summary(item) for item in value.values()])
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return ("number", value)
-    return ("constant", None)
-
-
-def _growth(small: Any, large: Any) -> Growth:
-    if small == large:
-        return "fixed"
-    (kind, first), (_, second) = small, large
-    few, many = PROBE_ROWS
-    if kind == "tensor" and first[1:] == second[1:] and first[0] * many == second[0] * few:
-        return "rows"
-    if kind == "number" and first * many == second * few:
-        return "count"
-    return "other"

@@ -1,13 +1,10 @@
 """Models that cannot be converted as they stand, told apart before anything is done, each with its remedy."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
 from rblock_fx.conversion import RBlockModel, find_converted
 from rblock_fx.errors import ConversionError
-from rblock_fx.stages import Site
 
 
 def refuse_unconvertible(model: nn.Module) -> None:
@@ -34,29 +31,6 @@ def refuse_unconvertible(model: nn.Module) -> None:
         raise ConversionError(f"apply_rblock: {name} is {reason}; convert the model first: {remedy}")
     if "rblock" in model._modules or hasattr(model, "rblock"):
         raise ConversionError(f"{name} has an attribute 'rblock', where the masks would go; rename it first")
-    if type(model).__module__.startswith("torchvision.models.detection"):
-        raise ConversionError(
-            f"{name} is a detection model: it takes lists of images and gives losses, which have no pair of outputs. "
-            "Its backbone converts alone: apply_rblock(model.backbone)"
-        )
-
-
-def refuse_hooks_on_inlined(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Refuse forward hooks on a module around a site: the training forward runs through it without calling it.
-
-    Raises:
-        ConversionError: naming the module.
-    """
-    for site in sites:
-        names = site.path.split(".")
-        for path in (".".join(names[:depth]) for depth in range(1, len(names))):
-            module = model.get_submodule(path)
-            if module._forward_hooks or module._forward_pre_hooks:
-                raise ConversionError(
-                    f"{path!r} has forward hooks, which would not run in train mode, since it contains the site "
-                    f"{site.path!r} and becomes part of the training forward. Remove them first, or hook the modules "
-                    "inside it."
-                )
 
 
 def _wrapper_of(model: nn.Module) -> tuple[str, str] | None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from rblock_fx.errors import SiteError
-from rblock_fx.stages import Site, SiteList, is_map, shape_of, share, stages
+from rblock_fx.stages import Site, SiteList, is_map, last_layer, share, site_at, stages
 from rblock_fx.survey import Survey
 
 Sites = None | str | int | Sequence[str | int]
@@ -94,14 +94,14 @@ class _Resolver:
         if not is_map(runs[-1], self.survey):
             raise SiteError(
                 f"the output of {path!r} is no feature map: expected {len(self.survey.input_size) + 1} axes "
-                f"(N, channels, *spatial) for inputs of {self.survey.input_size}, got "
-                f"{('N', *shape_of(runs[-1])) if runs[-1].output_shape is not None else 'no single tensor'}; "
+                f"(N, channels, *spatial) for inputs of {self.survey.input_size}, or a list of such, got "
+                f"{_in_words(runs[-1].output)}; "
                 f"{self.choices()} Use sites='head' with dropout, r-drop or c-drop for the classifier's input."
             )
         # In doubt, as the stages are.
         channels_last = bool(self.listed) and all(site.channel_axis == -1 for site in self.listed)
         axis = self.survey.channel_axis(runs[-1]) or (-1 if channels_last else 1)
-        return Site(None, name, shape_of(runs[-1]), axis, share(runs[-1].flops, self.survey))
+        return site_at(runs[-1], self.survey, index=None, channel_axis=axis)
 
     def refuse_same_map(self, chosen: Iterable[Site]) -> None:
         owners: dict[int, Site] = {}
@@ -132,8 +132,8 @@ def head_site(model: nn.Module, survey: Survey) -> Site:
     if isinstance(classifier, nn.Module) and any(True for _ in classifier.parameters()):
         path = names.get(classifier, "")
     else:
-        weighted = {names[module] for module in names if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)}
-        path = next((run.path for run in reversed(survey.runs) if run.path in weighted), "")
+        layer = last_layer(survey)
+        path = "" if layer is None else layer.path
         if callable(get_classifier) and classifier is not None:  # timm's Identity: created with num_classes=0
             path = ""
     runs = survey.runs_of(path) if path else []
@@ -143,6 +143,15 @@ def head_site(model: nn.Module, survey: Survey) -> Site:
             "(num_classes > 0), or name stages: sites=['layer4']"
         )
     return Site(None, path, runs[-1].input_shape, 1, share(runs[-1].flops_before, survey), is_head=True)
+
+
+def _in_words(output: Any) -> str:
+    """What a module gave, as a message says it."""
+    if output is None:
+        return "no tensor"
+    if isinstance(output, list):
+        return f"a list of {[_in_words(item) for item in output]}"
+    return str(("N", *output))
 
 
 def _no_stage(model: nn.Module, survey: Survey) -> str:

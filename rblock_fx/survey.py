@@ -2,17 +2,17 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rblock_fx.errors import ConversionError
-from rblock_fx.replica import dry_run, meta_batch
+from rblock_fx.replica import dry_run, eval_mode, meta_batch
 
 Shape = tuple[int, ...]
 
@@ -20,47 +20,65 @@ Shape = tuple[int, ...]
 _ROWS = 2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ModuleRun:
     """One call of one module: what it gave and took, without the batch axis, and when.
 
-    `value` numbers the tensor it gave; `first` and `last` are the operations that it ran, as indices into
-    `Survey.operations`; `flops_before` and `flops` are what the network had computed when it began and returned.
+    Attributes:
+        path: qualified name of the module.
+        output: the shape of the tensor that it gave; of a list or tuple, the shapes of its items (None for what is no
+            tensor); None for anything else.
+        input_shape: shape of its first argument; None where that is no tensor.
+        value: the number of the tensor that it gave, of several the first; -1 if there is none.
+        first: its first operation, as an index into `Survey.operations`.
+        last: one past its last operation.
+        flops_before: what the network had computed when it was called.
+        flops: what the network had computed when it returned.
+        own_flops: what it computed itself, not by modules inside it.
     """
 
     path: str
-    output_shape: Shape | None
+    output: Shape | list[Shape | None] | None
     input_shape: Shape | None
     value: int
     first: int
     last: int
     flops_before: int
     flops: int
+    own_flops: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One dispatched operation: the values it read and wrote, and for convolutions the map it gave."""
+    """One dispatched operation: the values it read and wrote."""
 
     reads: tuple[int, ...]
     writes: tuple[int, ...]
-    convolution: Shape | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
     """The evaluation forward of a model, recorded.
 
-    `cuts` are the values through which every path from the input to the (first) output runs; `grown` the shapes that
-    modules give for samples of twice the size, as far as the network runs on such.
+    Attributes:
+        replica: the weightless copy that ran.
+        input_size: shape of one sample.
+        runs: the calls of modules, in the order in which they returned.
+        operations: the operations, in order.
+        used: the values on the paths from the input to the (first) output.
+        cuts: those of them through which every path runs.
+        flops: FLOPs of the forward for the rows of the survey.
+        output_shape: shape of the (first) output, without the batch axis.
     """
 
+    replica: nn.Module
     input_size: Shape
     runs: tuple[ModuleRun, ...]
     operations: tuple[Operation, ...]
+    used: frozenset[int]
     cuts: frozenset[int]
     flops: int
-    grown: dict[str, Shape | None]
+    output_shape: Shape
 
     def runs_of(self, path: str) -> list[ModuleRun]:
         """The calls of one module, in order."""
@@ -68,7 +86,7 @@ class Survey:
 
     def channel_axis(self, run: ModuleRun) -> int | None:
         """The axis of a map that does not grow with the image: 1 for (N, C, *S), -1 for (N, *S, C), None if unclear."""
-        small, large = run.output_shape, self.grown.get(run.path)
+        small, large = first_shape(run.output), self._grown.get(run.path)
         if small is None or large is None or len(small) != len(large):
             return None
         grows = [before != after for before, after in zip(small, large, strict=True)]
@@ -80,6 +98,20 @@ class Survey:
         """Where a module stands in forward order: of modules that end together the inner comes first."""
         return max(index for index, run in enumerate(self.runs) if run.path == path)
 
+    @functools.cached_property
+    def _grown(self) -> dict[str, Shape | None]:
+        """The shapes that modules give for samples of twice the size along every spatial axis."""
+        shapes: dict[str, Shape | None] = {}
+
+        def record(path: str, _inputs: Any, output: Any) -> None:
+            shapes[path] = first_shape(_output_shape(output))
+
+        size = (self.input_size[0], *(2 * length for length in self.input_size[1:]))
+        # A network may run on one size only; what it gave until then tells enough.
+        with eval_mode(self.replica), _after_calls(self.replica, record), dry_run(), contextlib.suppress(Exception):
+            self.replica(meta_batch(self.replica, _ROWS, size))
+        return shapes
+
 
 def survey_forward(replica: nn.Module, input_size: Shape) -> Survey:
     """Record one forward of a weightless copy in eval mode; the copy's mode is put back.
@@ -88,26 +120,27 @@ def survey_forward(replica: nn.Module, input_size: Shape) -> Survey:
         ConversionError: the model does not run on a batch of this input size.
     """
     recorder = _Recorder(replica)
-    modes = {module: module.training for module in replica.modules()}
-    replica.eval()
+    name = type(replica).__name__
     try:
-        with dry_run(), recorder.hooked():
+        with eval_mode(replica), dry_run(), recorder.hooked():
             x = meta_batch(replica, _ROWS, input_size)
-            recorder.start(x)
+            source = recorder.value_of(x)
             with recorder:
                 output = replica(x)
-        grown = _grown_shapes(replica, input_size)
     except Exception as error:
         raise ConversionError(
-            f"{type(replica).__name__} does not run on a batch of {('N', *input_size)}: {type(error).__name__}: "
+            f"{name} does not run on a batch of {('N', *input_size)}: {type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''}\nPass the shape of one sample: "
-            "input_size=(channels, height, width); a model whose forward takes no image batch (detection, text) "
-            "cannot be converted, but its backbone can, passed alone."
+            "input_size=(channels, height, width), for video (channels, frames, height, width); a model whose forward "
+            "takes no image batch (detection, text) cannot be converted, but its backbone can, passed alone."
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return recorder.survey(input_size, output, grown)
+    outputs = _tensors(output)
+    if not outputs:
+        raise ConversionError(f"{name} gives {type(output).__name__} without a tensor; expected logits or a map.")
+    used, cuts = _paths(recorder.operations, source, sink=recorder.value_of(outputs[0]))
+    operations, runs = tuple(recorder.operations), tuple(recorder.runs)
+    shape = tuple(outputs[0].shape[1:])
+    return Survey(replica, input_size, runs, operations, used, cuts, recorder.flops, shape)
 
 
 class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -136,16 +169,11 @@ class _Recorder(FlopCounter):  # type: ignore[no-untyped-call]
         self.alive: list[Tensor] = []  # ids stay unique while the tensors live; on meta they hold no memory
         self.operations: list[Operation] = []
         self.runs: list[ModuleRun] = []
-        self.count = 0
-
-    def start(self, x: Tensor) -> None:
-        self.new_value(x)
 
     def new_value(self, tensor: Tensor) -> int:
+        self.values[id(tensor)] = len(self.alive)
         self.alive.append(tensor)
-        self.values[id(tensor)] = self.count
-        self.count += 1
-        return self.count - 1
+        return len(self.alive) - 1
 
     def value_of(self, tensor: Tensor) -> int:
         return self.values[id(tensor)] if id(tensor) in self.values else self.new_value(tensor)
@@ -153,75 +181,66 @@ class _Recorder(FlopCounter):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         reads = tuple(map(self.value_of, _tensors((args, kwargs))))
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        writes = tuple(map(self.new_value, _tensors(result)))
-        is_convolution = func.overloadpacket is torch.ops.aten.convolution
-        convolution = tuple(result.shape[2:]) if is_convolution else None
-        self.operations.append(Operation(reads, writes, convolution))
+        self.operations.append(Operation(reads, tuple(map(self.new_value, _tensors(result)))))
         return result
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
         """Record every module call of the copy while the context is open."""
-        started: list[tuple[int, int, Shape | None]] = []
-        handles = []
-        for path, module in self.replica.named_modules():
+        started: list[tuple[int, int]] = []
+        flops_inside = [0]  # of the modules that returned during each of the running calls
 
-            def before(_module: nn.Module, inputs: Any) -> None:
-                started.append((len(self.operations), self.flops, _sample_shape(inputs[0]) if inputs else None))
+        def before(_module: nn.Module, _inputs: Any) -> None:
+            started.append((len(self.operations), self.flops))
+            flops_inside.append(0)
 
-            def after(_module: nn.Module, _inputs: Any, output: Any, path: str = path) -> None:
-                first, flops_before, input_shape = started.pop()
-                self.runs.append(
-                    ModuleRun(
-                        path=path,
-                        output_shape=_sample_shape(output),
-                        input_shape=input_shape,
-                        value=self.value_of(output) if isinstance(output, Tensor) else -1,
-                        first=first,
-                        last=len(self.operations),
-                        flops_before=flops_before,
-                        flops=self.flops,
-                    )
+        def after(path: str, inputs: Any, output: Any) -> None:
+            first, flops_before = started.pop()
+            inside = flops_inside.pop()
+            flops_inside[-1] += self.flops - flops_before
+            shape = _output_shape(output)
+            self.runs.append(
+                ModuleRun(
+                    path=path,
+                    output=shape,
+                    input_shape=first_shape(_output_shape(inputs[0])) if inputs else None,
+                    value=-1 if first_shape(shape) is None else self.value_of(_tensors(output)[0]),
+                    first=first,
+                    last=len(self.operations),
+                    flops_before=flops_before,
+                    flops=self.flops,
+                    own_flops=self.flops - flops_before - inside,
                 )
+            )
 
-            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+        handles = [module.register_forward_pre_hook(before) for module in self.replica.modules()]
         try:
-            yield
+            with _after_calls(self.replica, after):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def survey(self, input_size: Shape, output: Any, grown: dict[str, Shape | None]) -> Survey:
-        outputs = _tensors(output)
-        if not outputs:
-            name = type(self.replica).__name__
-            raise ConversionError(f"{name} gives {type(output).__name__} without a tensor; expected logits or a map.")
-        cuts = _cuts(self.operations, source=0, sink=self.value_of(outputs[0]))
-        return Survey(input_size, tuple(self.runs), tuple(self.operations), frozenset(cuts), self.flops, grown)
 
-
-def _grown_shapes(replica: nn.Module, input_size: Shape) -> dict[str, Shape | None]:
-    """The shapes that modules give for samples of twice the size along every spatial axis."""
-    shapes: dict[str, Shape | None] = {}
+@contextlib.contextmanager
+def _after_calls(replica: nn.Module, record: Callable[[str, Any, Any], None]) -> Iterator[None]:
+    """Have `record(path, inputs, output)` called after every module call of the copy while the context is open."""
     handles = []
     for path, module in replica.named_modules():
 
-        def record(_module: nn.Module, _inputs: Any, output: Any, path: str = path) -> None:
-            shapes[path] = _sample_shape(output)
+        def after(_module: nn.Module, inputs: Any, output: Any, path: str = path) -> None:
+            record(path, inputs, output)
 
-        handles.append(module.register_forward_hook(record))
+        handles.append(module.register_forward_hook(after))
     try:
-        # A network may run on one size only; what it gave until then tells enough.
-        with dry_run(), contextlib.suppress(Exception):
-            replica(meta_batch(replica, _ROWS, (input_size[0], *(2 * length for length in input_size[1:]))))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return shapes
 
 
-def _cuts(operations: list[Operation], source: int, sink: int) -> set[int]:
-    """The values that every path from source to sink runs through.
+def _paths(operations: list[Operation], source: int, sink: int) -> tuple[frozenset[int], frozenset[int]]:
+    """The values on the paths from source to sink, and those of them that every path runs through.
 
     Such a value is the only one alive, of those that lie on a path, at some moment of any order of the operations.
     """
@@ -244,12 +263,24 @@ def _cuts(operations: list[Operation], source: int, sink: int) -> set[int]:
         alive = {value for value in alive if last_use.get(value, -1) > index}
         if len(alive) == 1:
             cuts.update(alive)
-    return cuts
+    return frozenset(reached & needed), frozenset(cuts)
+
+
+def first_shape(output: Shape | list[Shape | None] | None) -> Shape | None:
+    """The shape of a single tensor, or of the first in a list."""
+    if isinstance(output, list):
+        return next((shape for shape in output if shape is not None), None)
+    return output
 
 
 def _tensors(nested: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(nested) if isinstance(leaf, Tensor)]
 
 
-def _sample_shape(value: Any) -> Shape | None:
-    return tuple(value.shape[1:]) if isinstance(value, Tensor) and value.dim() > 0 else None
+def _output_shape(value: Any) -> Shape | list[Shape | None] | None:
+    if isinstance(value, Tensor):
+        return tuple(value.shape[1:]) if value.dim() > 0 else None
+    if isinstance(value, list | tuple):
+        shapes = [_output_shape(item) for item in value]
+        return None if any(isinstance(shape, list) for shape in shapes) else shapes  # type: ignore[return-value]
+    return None

@@ -1,17 +1,65 @@
 """Ancestors-only tracing: a graph in which every module that holds no site inside stays a leaf."""
 
+import contextlib
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
 from rblock_fx.errors import ConversionError
 from rblock_fx.replica import random_state_kept
-from rblock_fx.stages import Site
+from rblock_fx.stages import Site, containers_of
+from rblock_fx.survey import Shape
+
+# The attribute by which timm's models switch activation checkpointing, read by the module that calls the others.
+CHECKPOINTING = "grad_checkpointing"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A map to be masked.
+
+    Attributes:
+        node: what gives it, or a list with it.
+        place: its place in that list; None where the node gives the map itself.
+        length: of that list.
+        item: its place in what the module gives, also where the items are nodes of their own.
+        shape: its shape, without the batch axis.
+        consumer: the only consumer to mask it for (a classifier); None for all consumers.
+    """
+
+    node: fx.Node
+    place: int | None
+    length: int
+    item: int | None
+    shape: Shape
+    consumer: fx.Node | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A traced training forward.
+
+    Attributes:
+        graph: the graph.
+        records: for each site its maps.
+        specialised: the optional arguments of the forward and their defaults, which the graph has taken for granted.
+        constants: tensors that the forward makes of numbers alone, by their name under `rblock`.
+        checkpointed: the modules that run under activation checkpointing, each with the attribute of the model that
+            switches it; None where it is always on.
+    """
+
+    graph: fx.Graph
+    records: dict[Site, list[Record]]
+    specialised: dict[str, Any]
+    constants: dict[str, Tensor]
+    checkpointed: dict[str, str | None]
 
 
 class SiteTracer(fx.Tracer):
@@ -25,55 +73,84 @@ class SiteTracer(fx.Tracer):
         timm_layers = sys.modules.get("timm.layers")
         wrapped = timm_layers.get_notrace_functions() if timm_layers else ()
         super().__init__(autowrap_functions=tuple(wrapped))
-        self.recorded: dict[Site, list[tuple[Any, fx.Node | None]]] = {site: [] for site in sites}
+        self.outputs: dict[Site, list[tuple[Any, fx.Node | None]]] = {site: [] for site in sites}
+        self.checkpointed: dict[str, str | None] = {}
         self._sites = {(root.get_submodule(site.path), site.is_head): site for site in sites}
-        self._ancestors = {
-            root.get_submodule(".".join(names[:depth]))
-            for names in (site.path.split(".") for site in sites)
-            for depth in range(len(names))
-        }
+        self.ancestors = {root.get_submodule(path): path for path in ("", *containers_of(sites))}
+        self._around = [""]
+        self._checkpoints = 0
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         """Only a module around a site is looked into."""
-        return m not in self._ancestors
+        return m not in self.ancestors
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Record each call of a site, leaf or looked into, and of a classifier with its input."""
+        if self._checkpoints and m not in self.ancestors:
+            self.checkpointed[self.path_of_module(m)] = self._switch()
+        self._around.append(self.ancestors.get(m, ""))
         output = super().call_module(m, forward, args, kwargs)
+        self._around.pop()
         if (m, False) in self._sites:
-            self.recorded[self._sites[m, False]].append((output, None))
+            self.outputs[self._sites[m, False]].append((output, None))
         if (m, True) in self._sites:
             consumer = output.node if isinstance(output, fx.Proxy) else None
-            self.recorded[self._sites[m, True]].append((args[0] if args else None, consumer))
+            self.outputs[self._sites[m, True]].append((args[0] if args else None, consumer))
         return output
 
+    def create_arg(self, a: Any) -> Any:
+        """Keep the type of a dictionary, of which fx makes a plain one."""
+        if isinstance(a, OrderedDict):
+            items = [self.create_arg(item) for item in a.items()]
+            return self.create_node("call_function", type(a), (items,), {})
+        return super().create_arg(a)
 
-@dataclasses.dataclass(frozen=True)
-class Trace:
-    """A traced training forward.
+    def _switch(self) -> str | None:
+        """The attribute of the innermost module around that switches checkpointing, if it was that that did."""
+        for path in reversed(self._around):
+            if vars(self.root.get_submodule(path)).get(CHECKPOINTING):
+                return f"{path}.{CHECKPOINTING}" if path else CHECKPOINTING
+        return None
 
-    Attributes:
-        graph: the graph.
-        nodes: for each site the nodes of its maps, each with the only consumer to mask it for (a classifier) or None
-            for all consumers.
-        specialised: the optional arguments of the forward and their defaults, which the graph has taken for granted.
-        constants: tensors that the forward makes of numbers alone, by their name under `rblock`.
-    """
+    @contextlib.contextmanager
+    def checkpoints_noticed(self, enabled: bool) -> Iterator[None]:
+        """Run what is checkpointed as it stands, and notice it; with the switches of the modules looked into set."""
 
-    graph: fx.Graph
-    nodes: dict[Site, list[tuple[fx.Node, fx.Node | None]]]
-    specialised: dict[str, Any]
-    constants: dict[str, Tensor]
+        def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            options = inspect.signature(original).parameters
+            self._checkpoints += 1
+            try:
+                return function(*args, **{name: kwargs[name] for name in kwargs if name not in options})
+            finally:
+                self._checkpoints -= 1
+
+        original = torch.utils.checkpoint.checkpoint
+        scopes = [vars(torch.utils.checkpoint), *(vars(sys.modules[type(m).__module__]) for m in self.ancestors)]
+        names = [(scope, name) for scope in scopes for name, value in scope.items() if value is original]
+        switches = {m: vars(m)[CHECKPOINTING] for m in self.ancestors if CHECKPOINTING in vars(m)}
+        for scope, name in names:
+            scope[name] = checkpoint
+        for module in switches:
+            setattr(module, CHECKPOINTING, enabled)
+        try:
+            yield
+        finally:
+            for scope, name in names:
+                scope[name] = original
+            for module, value in switches.items():
+                setattr(module, CHECKPOINTING, value)
 
 
 def trace_ancestors(replica: nn.Module, sites: Sequence[Site]) -> Trace:
-    """Trace the training forward of a weightless copy.
+    """Trace the training forward of a weightless copy, with activation checkpointing off.
+
+    What would be checkpointed if it were on comes from a second trace.
 
     Raises:
         ConversionError: the forward of the model, or of a module around a site, cannot be traced or draws
-            random numbers, or a site gives no single tensor in train mode.
+            random numbers, or a site gives no map in train mode.
     """
     tracer = SiteTracer(replica, sites)
     defaults = {
@@ -83,7 +160,7 @@ def trace_ancestors(replica: nn.Module, sites: Sequence[Site]) -> Trace:
     }
     replica.train()
     try:
-        with random_state_kept() as random_drawn, torch.no_grad():
+        with random_state_kept() as random_drawn, torch.no_grad(), tracer.checkpoints_noticed(False):
             graph = tracer.trace(replica, concrete_args=defaults)
             frozen_draw = random_drawn()
     except Exception as error:
@@ -91,16 +168,49 @@ def trace_ancestors(replica: nn.Module, sites: Sequence[Site]) -> Trace:
         raise ConversionError(_untraceable(replica, sites, reason)) from error
     if frozen_draw:
         raise ConversionError(_untraceable(replica, sites, "it draws random numbers, which tracing would freeze"))
-    nodes = {}
-    for site, records in tracer.recorded.items():
-        if not records or not all(isinstance(value, fx.Proxy) for value, _ in records):
-            reason = "gives no single tensor" if records else "is not called in train mode"
-            raise ConversionError(
-                f"site {site.path!r} {reason} in the traced forward of {type(replica).__name__}; choose another stage: "
-                "list_sites(model)."
-            )
-        nodes[site] = [(value.node, consumer) for value, consumer in records]
-    return Trace(graph, nodes, defaults, _take_constants(graph, replica))
+    return Trace(
+        graph=graph,
+        records={site: _records(site, outputs, replica) for site, outputs in tracer.outputs.items()},
+        specialised=defaults,
+        constants=_take_constants(graph, replica),
+        checkpointed=_checkpointed_on_demand(replica, sites, defaults) | tracer.checkpointed,
+    )
+
+
+def _checkpointed_on_demand(
+    replica: nn.Module, sites: Sequence[Site], defaults: dict[str, Any]
+) -> dict[str, str | None]:
+    """Which modules run under activation checkpointing when it is switched on; none where it cannot be."""
+    tracer = SiteTracer(replica, sites)
+    if not any(CHECKPOINTING in vars(module) for module in tracer.ancestors):
+        return {}
+    with random_state_kept(), torch.no_grad(), tracer.checkpoints_noticed(True), contextlib.suppress(Exception):
+        tracer.trace(replica, concrete_args=defaults)
+        return tracer.checkpointed
+    return {}
+
+
+def _records(site: Site, outputs: list[tuple[Any, fx.Node | None]], replica: nn.Module) -> list[Record]:
+    """The maps of each call of a site: of a leaf that gives a list, its node; of a list of nodes, each."""
+    records = []
+    for value, consumer in outputs:
+        for place, shape in site.shapes.items():
+            several = isinstance(value, list | tuple) and place is not None and place < len(value)
+            item = value[place] if several else value
+            if not isinstance(item, fx.Proxy):
+                raise _no_map(site, replica, "gives no single tensor")
+            in_list = place if item is value else None
+            records.append(Record(item.node, in_list, len(site.maps), place, shape, consumer))
+    if not records:
+        raise _no_map(site, replica, "is not called in train mode")
+    return records
+
+
+def _no_map(site: Site, replica: nn.Module, reason: str) -> ConversionError:
+    return ConversionError(
+        f"site {site.path!r} {reason} in the traced forward of {type(replica).__name__}; choose another stage: "
+        "list_sites(model)."
+    )
 
 
 def _take_constants(graph: fx.Graph, replica: nn.Module) -> dict[str, Tensor]:

@@ -73,6 +73,14 @@ def rblock_loss(logits, target, alpha, temperature, reduction="sum"):
     return total if reduction == "sum" else total / 2
 
 
+def rblock_loss_with_auxiliary(main, auxiliary, target, alpha, temperature, reduction="sum"):
+    """Eq. 1-5 of the main logits, and weight * cross-entropy of both halves of each (weight, logits (2N, K))."""
+    total = rblock_loss(main, target, alpha, temperature)
+    for weight, logits in auxiliary:
+        total += weight * rblock_loss(logits, target, alpha=0, temperature=1)
+    return total if reduction == "sum" else total / 2
+
+
 class Maps(nn.Module):
     """One Identity stage and one parameter: fed with ones it gives its masks."""
 

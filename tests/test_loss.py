@@ -145,8 +145,10 @@ def test_other_ratios_of_logits_to_targets_are_refused(rows):
 
 
 def test_outputs_and_targets_that_are_no_tensors_are_refused():
-    with pytest.raises(PairError, match=r"got dict.*model\(images\)\['out'\]"):
-        RBlockLoss()({"out": torch.randn(4, 3)}, torch.randint(3, (2,)))
+    with pytest.raises(PairError, match=r"got str\. Pass a tensor, or a dict .*criterion\(model\(images\), labels\)"):
+        RBlockLoss()("logits", torch.randint(3, (2,)))
+    with pytest.raises(PairError, match=r"expected logits of \(2N, classes, \.\.\.\), got dict in 'out'"):
+        RBlockLoss()({"out": {"logits": torch.randn(4, 3)}}, torch.randint(3, (2,)))
     with pytest.raises(PairError, match=r"expected logits of \(2N, classes, \.\.\.\), got \(4,\)"):
         RBlockLoss()(torch.randn(4), torch.randint(3, (2,)))
     with pytest.raises(PairError, match="expected targets with N rows, got list without any"):
