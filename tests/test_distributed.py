@@ -318,7 +318,6 @@ def solve(drop_prob, side):
     return low
 
 
-@pytest.mark.xfail(strict=True, reason="torch fails on the mixture of whole and sharded tensors instead")
 def test_a_sharded_module_that_contains_a_site_is_refused_by_its_name(sharded):
     for found in sharded:
         assert found["a sharded container"].startswith("ConversionError")
