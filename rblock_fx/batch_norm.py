@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from rblock_fx.swap import SwappedClass
 
@@ -26,10 +27,17 @@ class PerSubmodelBatchNorm(SwappedClass):
 
 @functools.cache
 def _subclass(original: Any) -> type[nn.Module]:
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
+    # What it takes is left to the layer: torch calls its map `input`, timm `x`, and users may add conditions to it.
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         if not self.training:
-            return original.forward(self, x)  # type: ignore[no-any-return]
-        return torch.cat([original.forward(self, half) for half in x.chunk(2)])
+            return original.forward(self, *args, **kwargs)  # type: ignore[no-any-return]
+        halves = (_half((args, kwargs), submodel) for submodel in (0, 1))
+        return torch.cat([original.forward(self, *half_args, **half_kwargs) for half_args, half_kwargs in halves])
 
     members = {"forward": forward, "original_class": original, "__module__": original.__module__}
     return type(f"PerSubmodel{original.__name__}", (PerSubmodelBatchNorm, original), members)
+
+
+def _half(arguments: Any, submodel: int) -> Any:
+    """The rows of one sub-model, 0 or 1, of every tensor among a layer's arguments."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.chunk(2)[submodel], arguments)
