@@ -79,9 +79,7 @@ def build(
         order=tuple(map(asked.index, sites)),
         forward=TrainingForward(code.src, code.globals, trace.specialised),
         inlined=containers_of(sites),
-        paired_batch_norms=tuple(
-            path for path, rows in converted.batch_norm_rows.items() if rows == 2 * plain.batch_norm_rows.get(path, 0)
-        ),
+        paired_batch_norms=_paired_batch_norms(plain, converted, settings),
         early_fork_reason=fork.reason,
         cost=cost,
     )
@@ -131,6 +129,27 @@ def _try_out(trace: Trace, replica: nn.Module, input_size: Shape, plain: Probe, 
             "list_sites(model)."
         )
     return converted
+
+
+def _paired_batch_norms(plain: Probe, converted: Probe, settings: Settings) -> tuple[str, ...]:
+    """The batch norms behind the fork; of those inside one another (timm's SplitBatchNorm2d) the outer one.
+
+    Raises:
+        ConversionError: statistics of each sub-model are asked for, of a layer that also runs before the fork.
+    """
+    paired: list[str] = []
+    for path, rows in converted.batch_norm_rows.items():
+        before = plain.batch_norm_rows[path]
+        doubled = [2 * count for count in before]
+        if rows == doubled:
+            paired.append(path)
+        elif settings.batch_norm == "per_submodel" and any(count in doubled for count in rows):
+            raise ConversionError(
+                f"the batch norm {path!r} runs before the fork and behind it, so it has no statistics of each "
+                "sub-model alone; use batch_norm='joint', or sites that lie before all of its calls: list_sites(model)."
+            )
+    inside = {path for path in paired for other in paired if path.startswith(other + ".")}
+    return tuple(path for path in paired if path not in inside)
 
 
 def _shapes(output: object) -> list[Shape]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rblock_fx.batch_norm import PerSubmodelBatchNorm
 from rblock_fx.errors import ConversionError
@@ -32,8 +33,10 @@ def refuse_replaced_batch_norms(model: nn.Module, paths: Sequence[str]) -> None:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for path in paths:
-        if not isinstance(modules.get(path), PerSubmodelBatchNorm):
-            kind = type(modules[path]).__name__ if path in modules else "missing"
+        layer = modules.get(path)
+        # A frozen layer, of another class, has no statistics to lose.
+        if layer is None or (isinstance(layer, _BatchNorm) and not isinstance(layer, PerSubmodelBatchNorm)):
+            kind = "missing" if layer is None else type(layer).__name__
             raise ConversionError(
                 f"the batch norm {path!r} was converted with batch_norm='per_submodel' and is {kind} now; change the "
                 "layers first: apply_rblock(convert_sync_batchnorm(model), batch_norm='per_submodel')"

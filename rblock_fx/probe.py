@@ -27,7 +27,7 @@ class Probe:
         summaries: its shapes and numbers, as they were when it gave them.
         flops: FLOPs of each node.
         changed_later: the nodes whose tensor was changed in place after they had given it.
-        batch_norm_rows: how many rows each batch norm saw, by its path.
+        batch_norm_rows: how many rows each batch norm saw in each of its calls, by its path.
         output: what the graph gave.
     """
 
@@ -35,7 +35,7 @@ class Probe:
     summaries: dict[fx.Node, Any]
     flops: dict[fx.Node, int]
     changed_later: frozenset[fx.Node]
-    batch_norm_rows: dict[str, int]
+    batch_norm_rows: dict[str, list[int]]
     output: Any
 
 
@@ -154,17 +154,18 @@ def _growth(small: Any, large: Any) -> Growth:
 
 
 @contextlib.contextmanager
-def _batch_norm_rows(replica: nn.Module) -> Iterator[dict[str, int]]:
+def _batch_norm_rows(replica: nn.Module) -> Iterator[dict[str, list[int]]]:
     """Record how many rows each batch norm sees."""
-    rows: dict[str, int] = {}
+    rows: dict[str, list[int]] = {}
     handles = []
     for path, module in replica.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
 
-            def record(_module: nn.Module, inputs: tuple[Tensor, ...], path: str = path) -> None:
-                rows[path] = len(inputs[0])
+            def record(_module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+                rows.setdefault(path, []).append(len(tensors[0]))
 
-            handles.append(module.register_forward_pre_hook(record))
+            handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
     try:
         yield rows
     finally:

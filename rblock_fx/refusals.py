@@ -38,7 +38,7 @@ def _wrapper_of(model: nn.Module) -> tuple[str, str] | None:
     kind = type(model)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return f"wrapped in {kind.__name__}", f"{kind.__name__}(apply_rblock(model))"
-    if any("fsdp" in f"{base.__module__}.{base.__name__}".lower() for base in kind.__mro__):
+    if is_sharded(model):
         return "sharded by FSDP", "fully_shard(apply_rblock(model))"
     if "_orig_mod" in model._modules or model._compiled_call_impl is not None:
         return "compiled", "torch.compile(apply_rblock(model))"
@@ -50,6 +50,12 @@ def _wrapper_of(model: nn.Module) -> tuple[str, str] | None:
     if has_pinned_forward(model):
         return "patched with a forward of its own instance", "apply_rblock(model), then patch it"
     return None
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP (of either kind) has a hand in the model or in a module of it."""
+    kinds = {base for module in model.modules() for base in type(module).__mro__}
+    return any("fsdp" in f"{base.__module__}.{base.__name__}".lower() for base in kinds)
 
 
 def has_pinned_forward(model: nn.Module) -> bool:
@@ -71,6 +77,11 @@ def refuse_prepared(model: nn.Module) -> None:
     if inner is not model:
         raise ConversionError(
             f"remove_rblock: {type(model).__name__} wraps the converted model; pass that: remove_rblock(model.module)"
+        )
+    if is_sharded(model):
+        raise ConversionError(
+            f"remove_rblock: {type(model).__name__} is sharded by FSDP, which has its own class on top; load the "
+            "gathered state_dict into the plain model: timm.create_model('resnet50').load_state_dict(state)"
         )
     if has_pinned_forward(model):
         raise ConversionError(

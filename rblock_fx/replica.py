@@ -57,6 +57,10 @@ def weightless_copy(model: nn.Module) -> nn.Module:
                 del hooks[key]
         if CHECKPOINTING in vars(module):
             setattr(module, CHECKPOINTING, False)
+        if isinstance(module, nn.SyncBatchNorm):
+            vars(module)["forward"] = torch.empty_like  # else it would speak to the other processes
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
+            module.momentum = 0.1  # else it would read its counter of batches
     return replica
 
 

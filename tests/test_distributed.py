@@ -235,9 +235,6 @@ def test_torch_s_synchronised_layers_refuse_cpu_tensors_as_they_do_in_the_plain_
         assert found[f"training {batch_norm}"] == found["plain"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the weightless copy's SyncBatchNorm layers try to synchronise once processes are joined"
-)
 @pytest.mark.parametrize("batch_norm", ["joint", "per_submodel"])
 def test_a_synchronised_model_is_converted_after_the_processes_have_joined(synchronised, batch_norm):
     for found in synchronised:
