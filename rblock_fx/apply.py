@@ -71,7 +71,7 @@ def apply_rblock(
 
     in_forward_order = sorted(asked, key=lambda site: survey.position(site.path))
     refuse_hooks(model, containers_of(asked))
-    rblock = build(replica, in_forward_order, asked, settings, survey.input_size)
+    rblock = build(replica, in_forward_order, asked, settings, survey)
     _install(model, rblock)
     return model
 

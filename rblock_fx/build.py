@@ -14,12 +14,12 @@ from rblock_fx.probe import Growths, Probe, run_graph
 from rblock_fx.replica import META
 from rblock_fx.settings import Settings, one_per_site
 from rblock_fx.stages import Site, containers_of
-from rblock_fx.survey import Shape
+from rblock_fx.survey import Shape, Survey
 from rblock_fx.trace import Record, Trace, trace_ancestors
 
 
 def build(
-    replica: nn.Module, sites: Sequence[Site], asked: Sequence[Site], settings: Settings, input_size: Shape
+    replica: nn.Module, sites: Sequence[Site], asked: Sequence[Site], settings: Settings, survey: Survey
 ) -> RBlock:
     """Trace, insert the masks, fork, make the mask modules, and try the result out.
 
@@ -28,7 +28,7 @@ def build(
         sites: the sites in forward order.
         asked: the same in the order in which the user named them, which is that of their drop rates and block sizes.
         settings: the checked settings.
-        input_size: shape of one sample.
+        survey: the recorded forward of the copy.
 
     Raises:
         ConversionError: the forward cannot be traced, or does not give the rows of both sub-models in every output.
@@ -36,7 +36,8 @@ def build(
     drop_probs = one_per_site("drop_prob", settings.drop_prob, len(asked))
     block_sizes = one_per_site("block_size", settings.block_size, len(asked))
 
-    trace = trace_ancestors(replica, sites)
+    input_size = survey.input_size
+    trace = trace_ancestors(replica, sites, survey)
     rblock = RBlock()
     for name, constant in trace.constants.items():
         rblock.register_buffer(name, constant, persistent=False)

@@ -25,12 +25,13 @@ class _CannotForkLateError(Exception):
 
 
 def insert_masks(graph: fx.Graph, masked: Mapping[str, Record]) -> dict[fx.Node, str]:
-    """Put a call of each mask module (by its path) behind its map, in place; give the calls with the module's path."""
+    """Put a call of each mask module (by its path) behind its map, in place; give the calls with the module's path.
+
+    An item of a list that nothing uses is not masked, and not taken from the list.
+    """
     calls: dict[fx.Node, str] = {}
-    lists: dict[fx.Node, dict[int, str]] = {}
     for target, record in masked.items():
-        if record.place is not None:
-            lists.setdefault(record.node, {})[record.place] = target
+        if record.item is not None and not record.node.users:
             continue
         with graph.inserting_before(record.consumer if record.consumer is not None else record.node.next):
             call = graph.call_module(target, (record.node,))
@@ -39,32 +40,10 @@ def insert_masks(graph: fx.Graph, masked: Mapping[str, Record]) -> dict[fx.Node,
             record.consumer.replace_input_with(record.node, call)
         else:
             _use_instead(record.node, call)
-    for node, targets in lists.items():
-        length = next(record.length for record in masked.values() if record.node is node)
-        calls |= _mask_items(graph, node, targets, length)
+    for node in reversed(graph.nodes):
+        if node.target is operator.getitem and not node.users:
+            graph.erase_node(node)
     return calls
-
-
-def _mask_items(graph: fx.Graph, node: fx.Node, targets: dict[int, str], length: int) -> dict[fx.Node, str]:
-    """Mask those items of a list that are used, and give them to everything that takes the list or an item of it."""
-    users = list(node.users)
-    with graph.inserting_before(node.next):
-        plain = [graph.call_function(operator.getitem, (node, place)) for place in range(length)]
-        calls = {place: graph.call_module(target, (plain[place],)) for place, target in targets.items()}
-    items = [calls.get(place, plain[place]) for place in range(length)]
-    for user in users:
-        if user.op == "call_function" and user.target is operator.getitem and isinstance(user.args[1], int):
-            user.replace_all_uses_with(items[user.args[1]])
-            graph.erase_node(user)
-        else:
-            user.args = fx.map_arg(user.args, lambda value: items if value is node else value)
-            user.kwargs = fx.map_arg(user.kwargs, lambda value: items if value is node else value)
-    for place in range(length):
-        if not items[place].users:
-            for unused in dict.fromkeys((items[place], plain[place])):
-                graph.erase_node(unused)
-            calls.pop(place, None)
-    return {call: targets[place] for place, call in calls.items()}
 
 
 def fork_batch(graph: fx.Graph, calls: Mapping[fx.Node, str], growths: Growths) -> Fork:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
@@ -85,13 +85,7 @@ class Growths:
             for earlier in self._graph.nodes:
                 if earlier in leads_here and earlier not in self._larger.env:
                     self._larger.env[earlier] = self._larger.run_node(earlier)
-        return _growth(self._small_summary(node), self._larger.summaries[node])
-
-    def _small_summary(self, node: fx.Node) -> Any:
-        if node in self._small.summaries:
-            return self._small.summaries[node]
-        values, place = cast(tuple[fx.Node, int], node.args)  # an item that was taken from a list after the small run
-        return _summary(self._small.values[values][place])
+        return _growth(self._small.summaries[node], self._larger.summaries[node])
 
 
 class _Recording(fx.Interpreter):

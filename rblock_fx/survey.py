@@ -28,6 +28,7 @@ class ModuleRun:
         path: qualified name of the module.
         output: the shape of the tensor that it gave; of a list or tuple, the shapes of its items (None for what is no
             tensor); None for anything else.
+        kind: the type of what it gave.
         input_shape: shape of its first argument; None where that is no tensor.
         value: the number of the tensor that it gave, of several the first; -1 if there is none.
         first: its first operation, as an index into `Survey.operations`.
@@ -39,6 +40,7 @@ class ModuleRun:
 
     path: str
     output: Shape | list[Shape | None] | None
+    kind: type
     input_shape: Shape | None
     value: int
     first: int
@@ -203,6 +205,7 @@ class _Recorder(FlopCounter):  # type: ignore[no-untyped-call]
                 ModuleRun(
                     path=path,
                     output=shape,
+                    kind=type(output),
                     input_shape=first_shape(_output_shape(inputs[0])) if inputs else None,
                     value=-1 if first_shape(shape) is None else self.value_of(_tensors(output)[0]),
                     first=first,

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from rblock_fx.errors import ConversionError
 from rblock_fx.replica import CHECKPOINTING, random_state_kept
 from rblock_fx.stages import Site, containers_of
-from rblock_fx.survey import Shape
+from rblock_fx.survey import Shape, Survey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,17 +23,13 @@ class Record:
     """A map to be masked.
 
     Attributes:
-        node: what gives it, or a list with it.
-        place: its place in that list; None where the node gives the map itself.
-        length: of that list.
-        item: its place in what the module gives, also where the items are nodes of their own.
+        node: what gives it.
+        item: its place in the list that the module gives; None where it gives the map itself.
         shape: its shape, without the batch axis.
         consumer: the only consumer to mask it for (a classifier); None for all consumers.
     """
 
     node: fx.Node
-    place: int | None
-    length: int
     item: int | None
     shape: Shape
     consumer: fx.Node | None
@@ -65,7 +61,7 @@ class SiteTracer(fx.Tracer):
     # A buffer read in a forward must be read anew each time, like a parameter.
     proxy_buffer_attributes = True
 
-    def __init__(self, root: nn.Module, sites: Sequence[Site]) -> None:
+    def __init__(self, root: nn.Module, sites: Sequence[Site], survey: Survey) -> None:
         # timm marks the functions that fx cannot look into; they become nodes, as in timm's own feature extraction.
         timm_layers = sys.modules.get("timm.layers")
         wrapped = timm_layers.get_notrace_functions() if timm_layers else ()
@@ -74,6 +70,11 @@ class SiteTracer(fx.Tracer):
         self.checkpointed: dict[str, str | None] = {}
         self._sites = {(root.get_submodule(site.path), site.is_head): site for site in sites}
         self.ancestors = {root.get_submodule(path): path for path in ("", *containers_of(sites))}
+        self._lists = {
+            run.path: (run.kind, len(run.output))
+            for run in survey.runs
+            if isinstance(run.output, list) and run.kind in (list, tuple)
+        }
         self._around = [""]
         self._checkpoints = 0
 
@@ -88,10 +89,15 @@ class SiteTracer(fx.Tracer):
         if self._checkpoints and m not in self.ancestors:
             self.checkpointed[self.path_of_module(m)] = self._switch()
         self._around.append(self.ancestors.get(m, ""))
-        output = super().call_module(m, forward, args, kwargs)
+        output: Any = super().call_module(m, forward, args, kwargs)
         self._around.pop()
+        if isinstance(output, fx.Proxy) and self.path_of_module(m) in self._lists:
+            # The network may go through it, measure it, and write into it, which a proxy cannot tell of.
+            kind, length = self._lists[self.path_of_module(m)]
+            items: Any = output
+            output = kind(items[place] for place in range(length))
         if (m, False) in self._sites:
-            self.outputs[self._sites[m, False]].append((output, None))
+            self.outputs[self._sites[m, False]].append((_as_it_is_now(output), None))
         if (m, True) in self._sites:
             consumer = output.node if isinstance(output, fx.Proxy) else None
             self.outputs[self._sites[m, True]].append((args[0] if args else None, consumer))
@@ -140,7 +146,7 @@ class SiteTracer(fx.Tracer):
                 setattr(module, CHECKPOINTING, value)
 
 
-def trace_ancestors(replica: nn.Module, sites: Sequence[Site]) -> Trace:
+def trace_ancestors(replica: nn.Module, sites: Sequence[Site], survey: Survey) -> Trace:
     """Trace the training forward of a weightless copy, with activation checkpointing off.
 
     What would be checkpointed if it were on comes from a second trace.
@@ -149,7 +155,7 @@ def trace_ancestors(replica: nn.Module, sites: Sequence[Site]) -> Trace:
         ConversionError: the forward of the model, or of a module around a site, cannot be traced or draws
             random numbers, or a site gives no map in train mode.
     """
-    tracer = SiteTracer(replica, sites)
+    tracer = SiteTracer(replica, sites, survey)
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(replica.forward).parameters.items()
@@ -170,15 +176,15 @@ def trace_ancestors(replica: nn.Module, sites: Sequence[Site]) -> Trace:
         records={site: _records(site, outputs, replica) for site, outputs in tracer.outputs.items()},
         specialised=defaults,
         constants=_take_constants(graph, replica),
-        checkpointed=_checkpointed_on_demand(replica, sites, defaults) | tracer.checkpointed,
+        checkpointed=_checkpointed_on_demand(replica, sites, survey, defaults) | tracer.checkpointed,
     )
 
 
 def _checkpointed_on_demand(
-    replica: nn.Module, sites: Sequence[Site], defaults: dict[str, Any]
+    replica: nn.Module, sites: Sequence[Site], survey: Survey, defaults: dict[str, Any]
 ) -> dict[str, str | None]:
     """Which modules run under activation checkpointing when it is switched on; none where it cannot be."""
-    tracer = SiteTracer(replica, sites)
+    tracer = SiteTracer(replica, sites, survey)
     if not any(CHECKPOINTING in vars(module) for module in tracer.ancestors):
         return {}
     with random_state_kept(), torch.no_grad(), tracer.checkpoints_noticed(True), contextlib.suppress(Exception):
@@ -188,7 +194,7 @@ def _checkpointed_on_demand(
 
 
 def _records(site: Site, outputs: list[tuple[Any, fx.Node | None]], replica: nn.Module) -> list[Record]:
-    """The maps of each call of a site: of a leaf that gives a list, its node; of a list of nodes, each."""
+    """The maps of each call of a site."""
     records = []
     for value, consumer in outputs:
         for place, shape in site.shapes.items():
@@ -196,11 +202,15 @@ def _records(site: Site, outputs: list[tuple[Any, fx.Node | None]], replica: nn.
             item = value[place] if several else value
             if not isinstance(item, fx.Proxy):
                 raise _no_map(site, replica, "gives no single tensor")
-            in_list = place if item is value else None
-            records.append(Record(item.node, in_list, len(site.maps), place, shape, consumer))
+            records.append(Record(item.node, place, shape, consumer))
     if not records:
         raise _no_map(site, replica, "is not called in train mode")
     return records
+
+
+def _as_it_is_now(output: Any) -> Any:
+    """A list may be written into later."""
+    return list(output) if isinstance(output, list) else output
 
 
 def _no_map(site: Site, replica: nn.Module, reason: str) -> ConversionError:

@@ -122,15 +122,27 @@ def recorded_masks(model):
 
 
 def two_forwards(plain, masks, x):
-    """Run a plain model twice, its site modules' outputs multiplied by the given masks: {site path: (2N, ...)}."""
+    """Run a plain model twice, its site modules' outputs multiplied by the given masks.
+
+    The masks are {site path: (2N, ...)}; of a site that gives a list or tuple, {site path: {place: (2N, ...)}}.
+    """
+
+    def masked(output, mask, half):
+        if isinstance(mask, dict):
+            return type(output)(
+                item * mask[place].chunk(2)[half] if place in mask else item for place, item in enumerate(output)
+            )
+        return output * mask.chunk(2)[half]
+
     outputs = []
     for half in range(2):
         handles = []
         for path, mask in masks.items():
-            part = mask.chunk(2)[half]
-            handles.append(
-                plain.get_submodule(path).register_forward_hook(lambda _m, _i, output, part=part: output * part)
-            )
+
+            def hook(_module, _inputs, output, mask=mask, half=half):
+                return masked(output, mask, half)
+
+            handles.append(plain.get_submodule(path).register_forward_hook(hook))
         outputs.append(plain(x))
         for handle in handles:
             handle.remove()
