@@ -1,4 +1,4 @@
-"""Copies of a converted model, in this process and in another: averages of its weights, and the whole model in a file."""
+"""Copies of a converted model: averages of its weights, and the whole model in a file for another process."""
 
 import copy
 import json
