@@ -196,7 +196,7 @@ def test_a_compiled_task_trains_as_the_eager_one():
     torch._dynamo.reset()
     eager = RBlockTask(build(), drop_prob=0.3, input_size=SIZE, verbose=False)
     task = RBlockTask(build(), drop_prob=0.3, input_size=SIZE, verbose=False)
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     for one in (eager, task):
         one.setup_ema(decay=0.5)
     task.compile(backend=counter, fullgraph=True)
