@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from rblock_fx import apply_rblock, describe, list_sites, remove_rblock, set_drop_prob, split_pair
+from rblock_fx import apply_rblock, describe, list_sites, remove_rblock, split_pair
 from rblock_fx.masks import METHODS, Mask
 from tests.oracles import Maps, recorded_masks, two_forwards
 
@@ -201,36 +201,6 @@ def test_copies_and_pickles_are_converted_too():
         assert {type(module) for module in duplicate.modules()} == {
             type(module) for module in timm.create_model("test_resnet").modules()
         }
-
-
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_compiled_whole_with_one_graph_for_a_schedule_of_rates(backend):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model = apply_rblock(Maps(), "stage", input_size=(16, 9, 9)).train()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    for drop_prob in torch.linspace(0, 0.5, 12).tolist():
-        set_drop_prob(model, drop_prob)
-        first, second = split_pair(compiled(torch.ones(32, 16, 9, 9)))
-        assert not ((first == 0) & (second == 0)).any()
-        assert (first == 0).any() == (drop_prob > 0)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    torch.testing.assert_close(first.flatten(1).mean(1), torch.ones(32))
-
-
-@pytest.mark.parametrize("calibration", ["exact", "eq6"])
-def test_compiled_training_on_images_of_another_size_gets_the_rate_asked_for(calibration):
-    torch._dynamo.reset()
-    model = apply_rblock(Maps(), "stage", method="dropblock", calibration=calibration, input_size=(16, 9, 9)).train()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    compiled(torch.ones(2, 16, 9, 9))
-    for drop_prob in (0.1, 0.4):
-        set_drop_prob(model, drop_prob)
-        both = []
-        for run in (model, compiled):
-            dropped = (run(torch.ones(2000, 16, 6, 4)) == 0).flatten(1).double().mean(1)
-            both.append((dropped.mean().item(), dropped.var().item() / 2000))
-        assert abs(both[0][0] - both[1][0]) < 4 * (both[0][1] + both[1][1]) ** 0.5
 
 
 def test_the_training_forward_can_be_read():
