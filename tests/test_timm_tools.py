@@ -200,13 +200,7 @@ def assert_statistics_of_two_forwards(model, plain):
     "convert",
     [
         convert_sync_batchnorm,
-        pytest.param(
-            split_pairs,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="apply_rblock also swaps the norms inside a SplitBatchNorm2d, which then halve twice",
-            ),
-        ),
+        split_pairs,
     ],
 )
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
@@ -217,7 +211,6 @@ def test_statistics_per_sub_model_of_batch_norms_replaced_before_conversion(name
     assert_statistics_of_two_forwards(model, plain)
 
 
-@pytest.mark.xfail(strict=True, reason="the layers put in place of the swapped ones have joint statistics, silently")
 @pytest.mark.parametrize("convert", REPLACED)
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
 def test_statistics_per_sub_model_of_batch_norms_replaced_after_conversion_are_right_or_refused(name, convert):
