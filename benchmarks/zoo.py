@@ -115,7 +115,7 @@ def build_without_weights(name: str) -> nn.Module:
 
 def examine(name: str, largest: float) -> dict[str, Any]:
     """Everything about one architecture; never raises."""
-    line: dict[str, Any] = {"name": name, "family": family_of(name)}
+    line: dict[str, Any] = {"name": name, "family": family_of(name), "commit": _commit()}
     try:
         model = build_without_weights(name)
         line["parameters"] = sum(p.numel() for p in model.parameters())
@@ -127,6 +127,15 @@ def examine(name: str, largest: float) -> dict[str, Any]:
     except Exception as error:
         line |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:1000]}
     return line
+
+
+@functools.cache
+def _commit() -> str:
+    """The commit that is measured, with a mark where files have been changed since."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return described.stdout.strip() or "unknown"
 
 
 def _has_maps(model: nn.Module) -> bool | None:
@@ -316,7 +325,6 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
     converted = [line for line in lines if line["status"] == "converted"]
     numbers = [line["numbers"] for line in converted if "numbers" in line]
     small = sorted(line["seconds"] for line in converted if line["parameters"] <= 100e6)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     checks = ("eval_equal", "keys_equal", "rows_doubled", "halves_differ", "gradients_equal", "gradients_finite")
     return {
         "versions": {
@@ -324,8 +332,8 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
             "timm": timm.__version__,
-            "commit": commit.stdout.strip(),
         },
+        "commits": dict(collections.Counter(line["commit"] for line in lines)),
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "architectures_tried": len(lines),
         "timm": len([line for line in lines if line["name"].startswith("timm/")]),

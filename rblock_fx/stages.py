@@ -230,10 +230,10 @@ def _resolution(run: ModuleRun, survey: Survey) -> Shape:
 
 def _channel_axis(run: ModuleRun, survey: Survey, channels: int | None, channels_last: bool) -> int:
     """The axis that is timm's num_chs; else the one that does not grow with the image; else by timm's output_fmt."""
-    shape = first_shape(run.output) or ()
-    matches = [axis for axis, size in ((1, shape[0]), (-1, shape[-1])) if size == channels]
+    shapes = [shape for shape in (run.output if isinstance(run.output, list) else [run.output]) if shape]
+    matches = {axis for shape in shapes for axis, size in ((1, shape[0]), (-1, shape[-1])) if size == channels}
     if len(matches) == 1:
-        return matches[0]
+        return matches.pop()
     return survey.channel_axis(run) or (-1 if channels_last else 1)
 
 
