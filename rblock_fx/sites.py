@@ -60,7 +60,7 @@ class _Resolver:
         if not isinstance(word, str):
             raise SiteError(f"site {word!r} is a {type(word).__name__}; {self.choices()}")
         if word == HEAD:
-            return [head_site(self.model, self.survey)]
+            return head_sites(self.model, self.survey)
         if word == "all":
             return list(self.listed)
         if any(sign in word for sign in "*?["):
@@ -120,29 +120,34 @@ class _Resolver:
         return f"{hint}Stages are {last}, e.g. sites={last[-2:]}; list_sites(model) shows them with their shapes."
 
 
-def head_site(model: nn.Module, survey: Survey) -> Site:
-    """Find the classifier: timm's get_classifier, else the last linear or conv layer that runs.
+def head_sites(model: nn.Module, survey: Survey) -> list[Site]:
+    """Find the classifier: timm's get_classifier (several, of a distilled model), else the last layer that runs.
 
     Raises:
         SiteError: the model has no classifier that runs.
     """
     names = {module: name for name, module in model.named_modules()}
     get_classifier: Callable[[], Any] | None = getattr(model, "get_classifier", None)
-    classifier = get_classifier() if callable(get_classifier) else None
-    if isinstance(classifier, nn.Module) and any(True for _ in classifier.parameters()):
-        path = names.get(classifier, "")
+    if callable(get_classifier):
+        classifier = get_classifier()
+        several = classifier if isinstance(classifier, tuple | list | nn.ModuleList) else [classifier]
+        # timm's model without a classifier (num_classes=0) has an Identity there.
+        paths = [names[module] for module in several if module in names and any(True for _ in module.parameters())]
     else:
         layer = last_layer(survey)
-        path = "" if layer is None else layer.path
-        if callable(get_classifier) and classifier is not None:  # timm's Identity: created with num_classes=0
-            path = ""
-    runs = survey.runs_of(path) if path else []
-    if not runs or runs[-1].input_shape is None:
+        paths = [] if layer is None else [layer.path]
+    runs = [survey.runs_of(path)[-1] for path in paths if survey.runs_of(path)]
+    sites = [
+        Site(None, run.path, run.input_shape, 1, share(run.flops_before, survey), is_head=True)
+        for run in runs
+        if run.input_shape is not None
+    ]
+    if not sites:
         raise SiteError(
             f"sites='head': {type(model).__name__} has no classifier that runs; give the model one "
             "(num_classes > 0), or name stages: sites=['layer4']"
         )
-    return Site(None, path, runs[-1].input_shape, 1, share(runs[-1].flops_before, survey), is_head=True)
+    return sites
 
 
 def _in_words(output: Any) -> str:

@@ -204,7 +204,12 @@ def _before_the_head(maps: list[ModuleRun], sizes: dict[ModuleRun, Shape], surve
     if layer is None or coarsest in (survey.output_shape[1:], survey.output_shape[:-1]):
         return maps
     around = [run for run in survey.runs if run.first <= layer.first and layer.last <= run.last]
-    heads = [run for run in around if run.input_shape and coarsest in (run.input_shape[1:], run.input_shape[:-1])]
+    reached = min((run.last for run in maps if sizes[run] == coarsest), default=0)
+    heads = [
+        run
+        for run in around
+        if run.first >= reached and run.input_shape and coarsest in (run.input_shape[1:], run.input_shape[:-1])
+    ]
     first = min(run.first for run in [*heads, layer])
     return [run for run in maps if run not in around and run.first < first]
 

@@ -16,6 +16,7 @@ from rblock_fx.errors import ConversionError
 from rblock_fx.replica import dry_run, eval_mode, meta_batch
 
 Shape = tuple[int, ...]
+Structure = tuple[type, "list[Structure]"] | None
 
 # Any batch will do; a size that no network uses for anything else makes shapes in messages readable.
 _ROWS = 2
@@ -29,7 +30,7 @@ class ModuleRun:
         path: qualified name of the module.
         output: the shape of the tensor that it gave; of a list or tuple, the shapes of its items (None for what is no
             tensor); None for anything else.
-        kind: the type of what it gave.
+        structure: of a list or tuple, its type and the structures of its items; else None.
         input_shape: shape of its first argument; None where that is no tensor.
         value: the number of the tensor that it gave, of several the first; -1 if there is none.
         first: its first operation, as an index into `Survey.operations`.
@@ -41,7 +42,7 @@ class ModuleRun:
 
     path: str
     output: Shape | list[Shape | None] | None
-    kind: type
+    structure: "Structure"
     input_shape: Shape | None
     value: int
     first: int
@@ -210,7 +211,7 @@ class _Recorder(FlopCounter):  # type: ignore[no-untyped-call]
                 ModuleRun(
                     path=path,
                     output=shape,
-                    kind=type(output),
+                    structure=_structure(output),
                     input_shape=first_shape(_output_shape(inputs[0])) if inputs else None,
                     value=-1 if first_shape(shape) is None else self.value_of(_tensors(output)[0]),
                     first=first,
@@ -280,6 +281,10 @@ def first_shape(output: Shape | list[Shape | None] | None) -> Shape | None:
     if isinstance(output, list):
         return next((shape for shape in output if shape is not None), None)
     return output
+
+
+def _structure(value: Any) -> Structure:
+    return (type(value), [_structure(item) for item in value]) if type(value) in (list, tuple) else None
 
 
 def _tensors(nested: Any) -> list[Tensor]:

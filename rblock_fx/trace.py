@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from rblock_fx.errors import ConversionError
 from rblock_fx.replica import CHECKPOINTING, random_state_kept
 from rblock_fx.stages import Site, containers_of
-from rblock_fx.survey import Shape, Survey
+from rblock_fx.survey import Shape, Structure, Survey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +70,7 @@ class SiteTracer(fx.Tracer):
         self.checkpointed: dict[str, str | None] = {}
         self._sites = {(root.get_submodule(site.path), site.is_head): site for site in sites}
         self.ancestors = {root.get_submodule(path): path for path in ("", *containers_of(sites))}
-        self._lists = {
-            run.path: (run.kind, len(run.output))
-            for run in survey.runs
-            if isinstance(run.output, list) and run.kind in (list, tuple)
-        }
+        self._structures = {run.path: run.structure for run in survey.runs}
         self._around = [""]
         self._checkpoints = 0
 
@@ -91,11 +87,8 @@ class SiteTracer(fx.Tracer):
         self._around.append(self.ancestors.get(m, ""))
         output: Any = super().call_module(m, forward, args, kwargs)
         self._around.pop()
-        if isinstance(output, fx.Proxy) and self.path_of_module(m) in self._lists:
-            # The network may go through it, measure it, and write into it, which a proxy cannot tell of.
-            kind, length = self._lists[self.path_of_module(m)]
-            items: Any = output
-            output = kind(items[place] for place in range(length))
+        if isinstance(output, fx.Proxy):
+            output = _unpacked(output, self._structures.get(self.path_of_module(m)))
         if (m, False) in self._sites:
             self.outputs[self._sites[m, False]].append((_as_it_is_now(output), None))
         if (m, True) in self._sites:
@@ -206,6 +199,14 @@ def _records(site: Site, outputs: list[tuple[Any, fx.Node | None]], replica: nn.
     if not records:
         raise _no_map(site, replica, "is not called in train mode")
     return records
+
+
+def _unpacked(proxy: Any, structure: Structure) -> Any:
+    """Make of a list a list of proxies: the network may go through it, measure it, and write into it."""
+    if structure is None:
+        return proxy
+    kind, items = structure
+    return kind(_unpacked(proxy[place], item) for place, item in enumerate(items))
 
 
 def _as_it_is_now(output: Any) -> Any:
