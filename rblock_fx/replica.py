@@ -57,6 +57,9 @@ def weightless_copy(model: nn.Module) -> nn.Module:
             "copy.deepcopy accepts, as averaging weights (EMA) needs too."
         ) from error
     for module in replica.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # copied in C++, with its data
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                setattr(module, name, _without_data(tensor))
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils")]:
                 del hooks[key]

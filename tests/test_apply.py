@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from rblock_fx import apply_rblock, describe, list_sites, remove_rblock, split_pair
+from rblock_fx import SiteError, apply_rblock, describe, list_sites, remove_rblock, split_pair
 from rblock_fx.masks import METHODS, Mask
 from tests.oracles import recorded_masks, two_forwards
 
@@ -127,6 +127,58 @@ def test_the_doubled_forward_of_timm_models_is_two_forwards(name):
     expected.square().sum().backward()
     for key, gradient in gradients(plain).items():
         torch.testing.assert_close(gradients(model)[key], gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("sites", [["conv_proj"], ["encoder.layers.encoder_layer_0.mlp.0"]])
+def test_sizes_read_before_the_fork_follow_it(sites):
+    """torchvision's VisionTransformer reshapes, and expands its class token, by a batch size read before."""
+    torch.manual_seed(2)
+    plain = torchvision.models.VisionTransformer(32, 8, 2, 2, 12, 24, num_classes=5).train()
+    nn.init.normal_(plain.heads.head.weight)  # zero at first
+    if sites == ["conv_proj"]:
+        model = apply_rblock(copy.deepcopy(plain), sites, drop_prob=0.5, input_size=(3, 32, 32))
+        x = torch.randn(3, 3, 32, 32)
+        with recorded_masks(model) as recorded:
+            output = model(x)
+        assert describe(model).early_fork_reason is None
+        torch.testing.assert_close(output, two_forwards(plain, {"conv_proj": recorded["conv_proj"]}, x))
+    else:
+        with pytest.raises(SiteError, match="is no feature map"):
+            apply_rblock(plain, sites, input_size=(3, 32, 32))
+
+
+@pytest.mark.parametrize("sites", [["body"], ["stem", "fc"], ["head"]])
+def test_scripted_parts_stay_whole(sites):
+    class PartlyScripted(ConvNet):
+        def __init__(self):
+            super().__init__()
+            self.body = torch.jit.script(self.body)
+
+    plain = PartlyScripted().train()
+    if sites == ["stem", "fc"]:
+        with pytest.raises(SiteError, match="the output of 'fc' is no feature map"):
+            apply_rblock(plain, sites, input_size=(3, 12, 12))
+        sites = ["stem"]
+    method = "r-drop" if sites == ["head"] else "bdropdml"
+    model = apply_rblock(PartlyScripted().train(), sites, method=method, drop_prob=0.0, input_size=(3, 12, 12))
+    x = torch.randn(2, 3, 12, 12)
+    torch.testing.assert_close(model(x), torch.cat([plain(x)] * 2))
+    with pytest.raises(SiteError, match=r"'body\.0' never runs"):
+        apply_rblock(PartlyScripted(), "body.0", input_size=(3, 12, 12))
+
+
+def test_functional_dropout_at_the_root_stays_alive():
+    model = apply_rblock(timm.create_model("test_efficientnet", drop_rate=0.5, num_classes=4).train(), drop_prob=0.0)
+    x = torch.ones(2, 3, 64, 64)
+    assert not torch.equal(*split_pair(model(x)))
+    assert torch.equal(model.eval()(x), model(x))
+
+
+def test_each_head_of_a_distilled_model_is_masked():
+    model = apply_rblock(timm.create_model("levit_128s", num_classes=5).train(), method="r-drop", drop_prob=0.5)
+    assert [site.path for site in describe(model).sites] == ["head (input)", "head_dist (input)"]
+    first, second = split_pair(model(torch.randn(2, 3, 224, 224)))
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("method", ["r-drop", "c-drop"])
