@@ -171,7 +171,7 @@ def _structure(model: nn.Module, size: tuple[int, ...] | None) -> dict[str, Any]
         start = time.process_time()
         apply_rblock(model, input_size=size)
     except RBlockError as error:
-        return {"status": "refused", "error": f"{type(error).__name__}: {error}"}
+        return {"status": "refused", "error": f"{type(error).__name__}: {error}"[:160]}
     seconds = time.process_time() - start
     made = describe(model)
     return {
@@ -194,6 +194,7 @@ def _numbers(name: str, line: dict[str, Any]) -> dict[str, Any]:
     model = build(name)
     size = _smallest_size(model, tuple(line["input_size"]))
     _without_chance(model)
+    _without_zeros(model)
     x = torch.randn(2, *size)
     state = copy.deepcopy(model.state_dict())
     with torch.no_grad():
@@ -210,12 +211,7 @@ def _numbers(name: str, line: dict[str, Any]) -> dict[str, Any]:
     model.train()
 
     set_drop_prob(model, 0.0)
-    halves = [_leaves(half) for half in split_pair(model(x))]
-    error = max(
-        float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-12))
-        for half in halves
-        for a, b in zip(half, plain, strict=True)
-    )
+    error = _largest_error(model(x), plain)
     model.load_state_dict(state)
 
     set_drop_prob(model, 0.2)
@@ -234,10 +230,34 @@ def _numbers(name: str, line: dict[str, Any]) -> dict[str, Any]:
         "rows_doubled": [leaf.shape[0] for leaf in _leaves(output)] == [2 * leaf.shape[0] for leaf in plain],
         "halves_differ": differ,
         "undropped_error": error,
+        # Rounding: batch norm over a batch of two on maps of one position blows it up.
+        **({"undropped_error_float64": _error_in_double(name, sites, size)} if error > 1e-4 else {}),
         "gradients_equal": trained == with_gradient,
         "gradients_finite": all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None),
         "plain_finite": all(bool(leaf.isfinite().all()) for leaf in plain),
     }
+
+
+def _error_in_double(name: str, sites: list[str], size: tuple[int, ...]) -> float:
+    torch.manual_seed(0)
+    model = build(name).double()
+    _without_chance(model)
+    _without_zeros(model)
+    x = torch.randn(2, *size, dtype=torch.float64)
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        plain = _leaves(model.train()(x))
+        model.load_state_dict(state)
+        return _largest_error(apply_rblock(model, sites, input_size=size, drop_prob=0.0)(x), plain)
+
+
+def _largest_error(pair: Any, plain: list[Tensor]) -> float:
+    """Of both halves, as a share of the largest plain value."""
+    return max(
+        float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
+        for half in split_pair(pair)
+        for a, b in zip(_leaves(half), plain, strict=True)
+    )
 
 
 def _smallest_size(model: nn.Module, native: tuple[int, ...]) -> tuple[int, ...]:
@@ -261,6 +281,14 @@ def _without_chance(model: nn.Module) -> None:
         for attribute in ("p", "drop_prob", "drop_rate", "attn_drop_rate"):
             if isinstance(getattr(module, attribute, None), float):
                 setattr(module, attribute, 0.0)
+
+
+def _without_zeros(model: nn.Module) -> None:
+    """Fill parameters that start at zero: a zero head or residual branch would hide what is done before it."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(0.0, 0.1)
 
 
 def _leaves(output: Any) -> list[Tensor]:
@@ -305,12 +333,14 @@ def _read_lines() -> list[dict[str, Any]]:
 
 def report(write_readme: bool) -> None:
     """Write the summary from the lines, and the table from the summary."""
-    lines = {line["name"]: line for line in _read_lines()}
-    missing = [name for name in all_names() if name not in lines]
+    known = {line["name"]: line for line in _read_lines()}
+    missing = [name for name in all_names() if name not in known]
     if missing:
         sys.exit(f"{len(missing)} architectures have no line yet, e.g. {missing[:3]}: python benchmarks/zoo.py run")
-    summary = summarise([lines[name] for name in all_names()])
-    SUMMARY.write_text(json.dumps(summary, indent=1) + "\n")
+    summary = summarise([known[name] for name in all_names()])
+    lines = ",\n".join(json.dumps(line) for line in summary["architectures"])
+    text = json.dumps({**summary, "architectures": []}, indent=1)
+    SUMMARY.write_text(text.replace('"architectures": []', f'"architectures": [\n{lines}\n]') + "\n")
     print(json.dumps({key: value for key, value in summary.items() if key != "architectures"}, indent=1))
     table = markdown_table(summary["architectures"])
     print(table)
@@ -358,16 +388,21 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "with_weights": {
             "architectures": len(numbers),
             **{check: sum(number[check] for number in numbers) for check in checks},
-            "undropped_error_up_to_1e-3": sum(number["undropped_error"] <= 1e-3 for number in numbers),
+            "undropped_error_up_to_1e-4": sum(_undropped(number) <= 1e-4 for number in numbers),
             "exceptions": {
                 line["name"]: line["numbers"]
                 for line in converted
                 if "numbers" in line
-                and not (all(line["numbers"][check] for check in checks) and line["numbers"]["undropped_error"] <= 1e-3)
+                and not (all(line["numbers"][check] for check in checks) and _undropped(line["numbers"]) <= 1e-4)
             },
         },
         "architectures": lines,
     }
+
+
+def _undropped(number: dict[str, Any]) -> float:
+    """The error, in double precision where single is not enough."""
+    return number.get("undropped_error_float64", number["undropped_error"])
 
 
 def _refusals(lines: list[dict[str, Any]]) -> dict[str, list[str]]:

@@ -65,11 +65,34 @@ def weightless_copy(model: nn.Module) -> nn.Module:
                 del hooks[key]
         if CHECKPOINTING in vars(module):
             setattr(module, CHECKPOINTING, False)
-        if isinstance(module, nn.SyncBatchNorm):
-            vars(module)["forward"] = torch.empty_like  # else it would speak to the other processes
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
-            module.momentum = 0.1  # else it would read its counter of batches
+        _tame(module)
     return replica
+
+
+def _tame(module: nn.Module) -> None:
+    """Give a layer of the copy a forward without side effects, and one that takes no longer than it must."""
+    if isinstance(module, nn.SyncBatchNorm):
+        vars(module)["forward"] = torch.empty_like  # else it would speak to the other processes
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
+        module.momentum = 0.1  # else it would read its counter of batches
+    if isinstance(module, nn.RNNBase):
+        # Step by step in Python on the meta device: sequencer2d_l took 26 s to convert.
+        vars(module)["forward"] = functools.partial(_recurrent_shapes, module, type(module).forward)
+
+
+def _recurrent_shapes(layer: nn.RNNBase, original: Callable[..., Any], x: Any, state: Any = None) -> Any:
+    """The output of a recurrent layer for a sequence of any length, by the matrix products that it takes, in one go."""
+    if not isinstance(x, Tensor) or x.dim() != 3 or layer.proj_size:
+        return original(layer, x, state)
+    rows = x.shape[0] if layer.batch_first else x.shape[1]
+    for weights in zip(*[iter(layer.all_weights)] * (2 if layer.bidirectional else 1), strict=True):
+        outputs = []
+        for of_input, of_state, *_ in weights:
+            gates = x @ of_input.t() + x.new_empty(*x.shape[:2], layer.hidden_size) @ of_state.t()
+            outputs.append(gates[..., : layer.hidden_size])
+        x = torch.cat(outputs, -1)
+    last = x.new_empty(layer.num_layers * (2 if layer.bidirectional else 1), rows, layer.hidden_size)
+    return x, (last, last.clone()) if isinstance(layer, nn.LSTM) else last
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

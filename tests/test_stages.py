@@ -9,6 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.zoo import build, build_without_weights
 from rblock_fx import SiteError, apply_rblock, describe, list_sites, split_pair
+from rblock_fx.replica import weightless_copy
+from rblock_fx.stages import survey_model
 from tests.oracles import Maps
 
 
@@ -182,3 +184,25 @@ def test_a_channels_last_map_is_masked_along_its_own_axes(method):
 def test_the_default_input_has_the_channels_that_the_stem_takes():
     model = timm.create_model("test_resnet", in_chans=1, num_classes=5)
     assert describe(apply_rblock(model)).input_size == (1, 160, 160)
+
+
+@pytest.mark.parametrize("options", [{"batch_first": True}, {"bidirectional": True, "num_layers": 3}, {"bias": False}])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_surveyed_by_their_shapes_and_costs(kind, options):
+    """Theirs are the products of 12 inputs and of 12 states with 4, 3 or 1 gates, in either direction."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = kind(5, 7, **options)
+
+        def forward(self, x):
+            return self.layer(x)[0]
+
+    survey = survey_model(model := Recurrent(), weightless_copy(model), (6, 5))
+    plain = model(torch.randn(2, 6, 5))
+    assert survey.output_shape == tuple(plain.shape[1:])
+    gates = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}[kind]
+    directions = 2 if "bidirectional" in options else 1
+    inputs = [5] + [7 * directions] * (options.get("num_layers", 1) - 1)
+    assert survey.flops == sum(2 * 12 * directions * gates * 7 * (size + 7) for size in inputs)
