@@ -41,7 +41,7 @@ from torch.utils import _pytree as pytree
 from torchvision.models import get_model_builder, list_models
 
 from rblock_fx import RBlockError, apply_rblock, describe, list_sites, set_drop_prob, split_pair
-from rblock_fx.replica import dry_run
+from rblock_fx.dry_run import dry_run
 
 ROOT = pathlib.Path(__file__).parent.parent
 LINES = ROOT / "benchmarks" / "results" / "zoo.jsonl"

@@ -8,10 +8,10 @@ from torch.utils import _pytree as pytree
 
 from rblock_fx.checkpointing import keep_checkpointing
 from rblock_fx.conversion import Conversion, RBlock, TrainingForward
+from rblock_fx.dry_run import META
 from rblock_fx.errors import ConversionError
 from rblock_fx.fork import Fork, fork_batch, insert_masks
 from rblock_fx.probe import Growths, Probe, run_graph
-from rblock_fx.replica import META
 from rblock_fx.settings import Settings, one_per_site
 from rblock_fx.stages import Site, containers_of
 from rblock_fx.survey import Shape, Survey

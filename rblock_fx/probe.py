@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
-from rblock_fx.replica import dry_run, meta_batch
+from rblock_fx.dry_run import dry_run, meta_batch
 from rblock_fx.survey import FlopCounter, Shape
 
 # How a value changes with the batch: not at all; its first axis (or, a number, itself) grows in proportion; otherwise,

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from rblock_fx.cuts import is_map, last_layer
 from rblock_fx.errors import SiteError
-from rblock_fx.stages import Site, SiteList, is_map, last_layer, share, site_at, stages
+from rblock_fx.stages import Site, SiteList, share, site_at, stages
 from rblock_fx.survey import Survey
 
 Sites = None | str | int | Sequence[str | int]

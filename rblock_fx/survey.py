@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from rblock_fx.dry_run import dry_run, eval_mode, meta_batch
 from rblock_fx.errors import ConversionError
-from rblock_fx.replica import dry_run, eval_mode, meta_batch
 
 Shape = tuple[int, ...]
 Structure = tuple[type, "list[Structure]"] | None

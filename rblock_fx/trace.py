@@ -12,8 +12,9 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
+from rblock_fx.dry_run import random_state_kept
 from rblock_fx.errors import ConversionError
-from rblock_fx.replica import CHECKPOINTING, random_state_kept
+from rblock_fx.replica import CHECKPOINTING
 from rblock_fx.stages import Site, containers_of
 from rblock_fx.survey import Shape, Structure, Survey
 
