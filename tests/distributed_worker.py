@@ -251,6 +251,10 @@ def sharded(rank, _folder):
 
     inside = shard(converted_net(0.3, sites=["stages.2.0"]))
     found["a sharded container"] = attempt(lambda: inside(x))
+    found["removal"] = attempt(lambda: remove_rblock(inside))
+    partly = plain_net()
+    fully_shard(partly.stem, mesh=mesh)
+    found["conversion of a part"] = attempt(lambda: apply_rblock(partly, SITES, input_size=(3, 64, 64)))
     return found
 
 

@@ -321,6 +321,12 @@ def test_a_sharded_module_that_contains_a_site_is_refused_by_its_name(sharded):
         assert "'stages.2'" in found["a sharded container"]
 
 
+def test_what_is_sharded_is_neither_converted_nor_given_its_own_class_again(sharded):
+    for found in sharded:
+        assert found["removal"].startswith("ConversionError: remove_rblock: FSDPRBlock")
+        assert "is sharded by FSDP; convert the model first" in found["conversion of a part"]
+
+
 def test_fsdp2_with_statistics_per_sub_model_is_two_forwards(sharded):
     steps = [found["batch norm"] for found in sharded]
     plains = [plain_net("test_resnet") for _ in steps]

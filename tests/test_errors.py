@@ -9,6 +9,7 @@ import torchvision
 from accelerate import Accelerator
 from torch import nn
 
+from benchmarks.zoo import build
 from rblock_fx import (
     ConversionError,
     DropSchedule,
@@ -331,3 +332,39 @@ def test_a_model_that_accelerate_has_unwrapped_converts():
     bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     del bare._is_accelerate_prepared  # Accelerate leaves its mark, by which a model in use is refused
     assert apply_rblock(bare).train()(torch.randn(2, 3, 64, 64)).shape == (4, 5)
+
+
+UNSUITABLE = {
+    "torchvision/ssdlite320_mobilenet_v3_large": r"SSD is a detection model: .*apply_rblock\(model\.backbone\)",
+    "torchvision/raft_small": r"RAFT is an optical flow model: .*apply_rblock\(model\.feature_encoder\)",
+    "torchvision/quantized_mobilenet_v2 quantize=True": "is quantized: its integer layers cannot be trained",
+}
+
+
+@pytest.mark.parametrize("name", UNSUITABLE)
+@pytest.mark.parametrize("call", [list_sites, apply_rblock])
+def test_networks_that_no_site_can_convert(name, call):
+    model = build(name)
+    before = type(model), list(model.state_dict())
+    with pytest.raises(ConversionError, match=UNSUITABLE[name]):
+        call(model)
+    assert before == (type(model), list(model.state_dict()))
+    assert not hasattr(model, "rblock")
+
+
+def test_a_quantizable_model_in_floating_point_converts():
+    assert apply_rblock(build("torchvision/quantized_mobilenet_v2")).train()(torch.randn(2, 3, 64, 64)).shape[0] == 4
+
+
+def test_images_too_small_to_train_on():
+    """Inception's auxiliary head, which only trains, takes larger images than the rest."""
+    model = build("torchvision/inception_v3")
+    message = r"does not run in train mode on .*128, 128\)[\s\S]*input_size=\(3, 299, 299\)"
+    with pytest.raises(ConversionError, match=message):
+        apply_rblock(model, input_size=(3, 128, 128))
+    assert type(model) is torchvision.models.Inception3
+
+
+def test_no_usual_size_of_a_video_network_fits():
+    with pytest.raises(ConversionError, match=r"for video \(channels, frames, height, width\)"):
+        list_sites(nn.Sequential(nn.Conv3d(3, 4, 200), nn.Conv3d(4, 4, 3)))

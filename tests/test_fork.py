@@ -1,6 +1,7 @@
 """Where the batch doubles, in networks made to be awkward."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -216,3 +217,21 @@ def test_specialised_arguments_are_guarded():
         model(x, scale=2.0)
     assert model(x=x, scale=1.0).shape == model(x, 1.0, None).shape == (4, 3)
     assert model.eval()(torch.randn(2, 3, 8, 8), mask=torch.ones(2, 1, 8, 8)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, tuple, list])
+def test_outputs_keep_their_type(kind):
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            named = {"out": self.head(x), "features": x}
+            return kind(named) if issubclass(kind, dict) else kind(named.values())
+
+    model = apply_rblock(Several().train(), "stem", input_size=(3, 8, 8))
+    output = model(torch.randn(2, 3, 8, 8))
+    assert type(output) is kind
+    assert [len(leaf) for leaf in (output.values() if issubclass(kind, dict) else output)] == [4, 4]
