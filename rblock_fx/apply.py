@@ -8,7 +8,7 @@ from torch import nn
 from rblock_fx.batch_norm import PerSubmodelBatchNorm
 from rblock_fx.build import build
 from rblock_fx.conversion import RBlock, RBlockModel, device_of
-from rblock_fx.errors import SiteError
+from rblock_fx.errors import ConversionError, SiteError
 from rblock_fx.guards import refuse_hooks
 from rblock_fx.refusals import refuse_prepared, refuse_unconvertible
 from rblock_fx.replica import weightless_copy
@@ -107,10 +107,18 @@ def _refuse_unsuitable(sites: Sequence[Site], settings: Settings) -> None:
 
 
 def _install(model: nn.Module, rblock: RBlock) -> None:
-    """Change the model: the only step that does, and none of it can fail."""
+    """Change the model: the only step that does."""
+    rblock = rblock.to(device_of(model)).train(model.training)
+    model.add_module("rblock", rblock)
+    try:
+        RBlockModel.swap(model)
+    except Exception as error:
+        del model._modules["rblock"]
+        raise ConversionError(
+            f"{type(model).__name__} cannot be subclassed, as a conversion does ({type(error).__name__}: {error}); "
+            "wrap it in a module whose forward calls it."
+        ) from error
     vars(model).pop("forward", None)  # at most the class's own, left there by Accelerate's unwrap_model
-    model.add_module("rblock", rblock.to(device_of(model)).train(model.training))
-    RBlockModel.swap(model)
     if rblock.conversion.batch_norm == "per_submodel":
         for path in rblock.conversion.paired_batch_norms:
             PerSubmodelBatchNorm.swap(model.get_submodule(path))

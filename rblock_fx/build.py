@@ -1,6 +1,7 @@
 """Building, on a weightless copy, what a model is given: its masks and its training forward."""
 
 import copy
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from rblock_fx.conversion import Conversion, RBlock, TrainingForward
 from rblock_fx.dry_run import META
 from rblock_fx.errors import ConversionError
 from rblock_fx.fork import Fork, fork_batch, insert_masks
-from rblock_fx.probe import Growths, Probe, run_graph
+from rblock_fx.probe import Growths, Probe, operations_of, run_graph
 from rblock_fx.settings import Settings, one_per_site
 from rblock_fx.stages import Site, containers_of
 from rblock_fx.survey import Shape, Survey
@@ -41,9 +42,8 @@ def build(
     rblock = RBlock()
     for name, constant in trace.constants.items():
         rblock.register_buffer(name, constant, persistent=False)
-    _give(replica, rblock)
 
-    plain = _run_plain(trace, replica, input_size)
+    plain = _run_plain(trace, replica, rblock, input_size)
     masked = _named(trace, taken={*dir(rblock), "conversion"})
     calls = insert_masks(trace.graph, {f"rblock.{name}": record for name, (_, record) in masked.items()})
     masked = {name: masked[name] for name in masked if f"rblock.{name}" in calls.values()}
@@ -69,6 +69,14 @@ def build(
     cost = _flops(trace, converted, plain) / (sum(plain.flops.values()) or 1)
     keep_checkpointing(trace, replica)
     code = trace.graph.python_code("self")
+    forward = TrainingForward(code.src, code.globals, trace.specialised)
+    try:
+        forward.compile(type(replica).__name__)
+    except SyntaxError as error:
+        raise ConversionError(
+            f"the names of the modules of {type(replica).__name__} make no Python ({_first_line(error)}: "
+            f"{(error.text or '').strip()}); rename them, e.g. ModuleDict({{'inner': ...}}) rather than 'in'."
+        ) from error
     rblock.conversion = Conversion(
         method=settings.method,
         calibration=settings.calibration,
@@ -78,7 +86,8 @@ def build(
             (site, {name: record.item for name, (at, record) in masked.items() if at == site}) for site in sites
         ),
         order=tuple(map(asked.index, sites)),
-        forward=TrainingForward(code.src, code.globals, trace.specialised),
+        forward=forward,
+        settings=trace.settings,
         inlined=containers_of(sites),
         paired_batch_norms=_paired_batch_norms(plain, converted, settings),
         early_fork_reason=fork.reason,
@@ -92,20 +101,31 @@ def _give(replica: nn.Module, rblock: RBlock) -> None:
     replica.add_module("rblock", copy.deepcopy(rblock).to(META))
 
 
-def _run_plain(trace: Trace, replica: nn.Module, input_size: Shape) -> Probe:
-    """Run the graph as it was traced.
+def _run_plain(trace: Trace, replica: nn.Module, rblock: RBlock, input_size: Shape) -> Probe:
+    """Run the model itself and the graph as it was traced, and compare what they compute.
 
     Raises:
-        ConversionError: it runs in eval mode only, on samples of this size.
+        ConversionError: it runs in eval mode only, on samples of this size, or does not compute what the model does.
     """
     try:
-        return run_graph(trace.graph, replica, input_size)
+        operations = operations_of(replica, input_size)
+        _give(replica, rblock)
+        plain = run_graph(trace.graph, replica, input_size)
     except Exception as error:
         raise ConversionError(
             f"{type(replica).__name__} does not run in train mode on a batch of {('N', *input_size)}: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\nPass the shape of one sample "
+            f"{type(error).__name__}: {_first_line(error)}\nPass the shape of one sample "
             "that it trains on, e.g. input_size=(3, 299, 299) for Inception v3, whose auxiliary head needs that much."
         ) from error
+    for traced, own in itertools.zip_longest(plain.operations, operations):
+        if traced != own:
+            raise ConversionError(
+                f"the traced forward of {type(replica).__name__} is not its own: it computes {traced or 'no more'} "
+                f"where that computes {own or 'no more'}. What asks for the type of its input (isinstance(x, Tensor)), "
+                "or writes into lists or dictionaries that it is given, cannot be traced; choose sites that lie less "
+                "deep: list_sites(model)."
+            )
+    return plain
 
 
 def _try_out(trace: Trace, replica: nn.Module, input_size: Shape, plain: Probe, parts: int) -> Probe:
@@ -119,9 +139,14 @@ def _try_out(trace: Trace, replica: nn.Module, input_size: Shape, plain: Probe, 
         converted = run_graph(trace.graph, replica, input_size, known=plain)
     except Exception as error:
         raise ConversionError(
-            f"the training forward generated for {name} does not run ({type(error).__name__}: {error}); choose other "
-            "sites: list_sites(model)."
+            f"the training forward generated for {name} does not run ({type(error).__name__}: {_first_line(error)}); "
+            "choose other sites: list_sites(model)."
         ) from error
+    if () in _shapes(plain.output):
+        raise ConversionError(
+            f"{name} gives a number (a tensor without axes) in train mode, of which there are no rows to double; "
+            "compute it outside of the model, from split_pair(output)."
+        )
     expected = [(parts * shape[0], *shape[1:]) for shape in _shapes(plain.output)]
     if _shapes(converted.output) != expected:
         raise ConversionError(
@@ -151,6 +176,10 @@ def _paired_batch_norms(plain: Probe, converted: Probe, settings: Settings) -> t
             )
     inside = {path for path in paired for other in paired if path.startswith(other + ".")}
     return tuple(path for path in paired if path not in inside)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else ""
 
 
 def _shapes(output: object) -> list[Shape]:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from rblock_fx.errors import ConversionError
-from rblock_fx.guards import refuse_hooks, refuse_replaced_batch_norms
+from rblock_fx.guards import refuse_changed_settings, refuse_hooks, refuse_replaced_batch_norms
 from rblock_fx.masks import Mask
 from rblock_fx.stages import Site
 from rblock_fx.swap import SwappedClass
+from rblock_fx.watch import Setting
 
 _numbers = itertools.count()
 
@@ -73,6 +74,7 @@ class Conversion:
             in the list that the module gives (None where it gives one); several where it is called several times.
         order: for each of them, its place in the order in which the user named the sites.
         forward: the generated training forward.
+        settings: the plain attributes that the generated forward takes for granted.
         inlined: the modules around the sites, which the generated forward contains instead of calling them.
         paired_batch_norms: the batch norms behind the fork.
         early_fork_reason: why the batch doubles at the input; None where it doubles at the first mask.
@@ -86,6 +88,7 @@ class Conversion:
     masks: tuple[tuple[Site, dict[str, int | None]], ...]
     order: tuple[int, ...]
     forward: TrainingForward
+    settings: tuple[Setting, ...]
     inlined: tuple[str, ...]
     paired_batch_norms: tuple[str, ...]
     early_fork_reason: str | None
@@ -144,10 +147,18 @@ def _sequence_without_masks() -> dict[str, Callable[..., Any]]:
         # By way of nn.Sequential, since a subclass may be made of other things than layers.
         return nn.Sequential(OrderedDict(layers(self)))[index]
 
+    def refuse(self: nn.Module, *_args: Any, **_kwargs: Any) -> Any:
+        raise ConversionError(
+            f"the layers of a converted {type(self).__name__.removeprefix('RBlock')} are part of its training forward; "
+            "change them first: apply_rblock(remove_rblock(model).append(layer), ...)"
+        )
+
+    surgery = ("append", "extend", "insert", "pop", "__delitem__", "__iadd__", "__imul__")
     return {
         "__len__": lambda self: len(layers(self)),
         "__iter__": lambda self: iter(layers(self).values()),
         "__getitem__": getitem,
+        **dict.fromkeys(surgery, refuse),
     }
 
 
@@ -162,9 +173,9 @@ def _switching_forward(
     specialised = conversion.forward.specialised
     parameters = list(inspect.signature(original.forward).parameters.values())[1:]
     stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    defaults = {f"default_{p.name}": p.default for p in parameters if p.default is not p.empty}
+    defaults = {f"rblock_default_{p.name}": p.default for p in parameters if p.default is not p.empty}
     written = [
-        stars.get(p.kind, "") + p.name + (f"=default_{p.name}" if f"default_{p.name}" in defaults else "")
+        stars.get(p.kind, "") + p.name + (f"=rblock_default_{p.name}" if f"rblock_default_{p.name}" in defaults else "")
         for p in parameters
     ]
     keyword_only = [index for index, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY]
@@ -176,13 +187,14 @@ def _switching_forward(
     source = (
         f"def forward({', '.join(['self', *written])}):\n"
         f"    if self.training:\n"
-        f"        check({checked})\n"
-        f"        return training_forward({', '.join(['self', *traced])})\n"
-        f"    return original_forward({', '.join(['self', *passed.values()])})\n"
+        f"        rblock_check({checked})\n"
+        f"        return rblock_training_forward({', '.join(['self', *traced])})\n"
+        f"    return rblock_original_forward({', '.join(['self', *passed.values()])})\n"
     )
 
     def check(model: nn.Module, **given: Any) -> None:
         refuse_hooks(model, conversion.inlined)
+        refuse_changed_settings(model, conversion.settings)
         if conversion.batch_norm == "per_submodel":
             refuse_replaced_batch_norms(model, conversion.paired_batch_norms)
         for name, value in given.items():
@@ -193,7 +205,11 @@ def _switching_forward(
                     f"{type(value).__name__}; in train mode call model(images) without {name}, or remove_rblock(model)"
                 )
 
-    names = {"training_forward": training_forward, "original_forward": original.forward, "check": check}
+    names = {
+        "rblock_training_forward": training_forward,
+        "rblock_original_forward": original.forward,
+        "rblock_check": check,
+    }
     forward = _compile_function(source, names | defaults, f"forward of RBlock{original.__name__}")
     forward.__doc__ = original.forward.__doc__
     forward.__annotations__ = dict(original.forward.__annotations__)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -123,10 +124,20 @@ def eval_mode(replica: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[Callable[[], bool]]:
     """Put the random generators back in the end; the function that it gives tells whether they have been drawn from."""
+    numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     torch_state = torch.get_rng_state()
+    numpy_state = numpy.random.get_state() if numpy else ()
+
+    def drawn() -> bool:
+        numpy_drawn = numpy is not None and repr(numpy.random.get_state()) != repr(numpy_state)
+        torch_drawn = not torch.equal(torch.get_rng_state(), torch_state)
+        return numpy_drawn or torch_drawn or random.getstate() != python_state
+
     try:
-        yield lambda: random.getstate() != python_state or not torch.equal(torch.get_rng_state(), torch_state)
+        yield drawn
     finally:
         random.setstate(python_state)
         torch.set_rng_state(torch_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)

@@ -7,6 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rblock_fx.batch_norm import PerSubmodelBatchNorm
 from rblock_fx.errors import ConversionError
+from rblock_fx.watch import Setting
 
 
 def refuse_hooks(model: nn.Module, inlined: Sequence[str]) -> None:
@@ -22,6 +23,20 @@ def refuse_hooks(model: nn.Module, inlined: Sequence[str]) -> None:
                 f"{path!r} has hooks, which would not run in train mode: a site lies inside it, so it is part of the "
                 "training forward and not called. Remove them, or hook (for FSDP2: shard) the modules inside it, or "
                 f"the whole model, or choose {path!r} itself as the site: apply_rblock(model, sites=[{path!r}])"
+            )
+
+
+def refuse_changed_settings(model: nn.Module, settings: Sequence[Setting]) -> None:
+    """Refuse to train on with a setting that was another when the forward was traced.
+
+    Raises:
+        ConversionError: naming the first attribute that has changed.
+    """
+    for setting in settings:
+        if not setting.holds(model):
+            raise ConversionError(
+                f"{setting.label} was {setting.value!r} when the training forward was traced and has changed since; "
+                "set it back, or convert anew: apply_rblock(remove_rblock(model), ...)"
             )
 
 

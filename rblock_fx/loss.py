@@ -60,7 +60,7 @@ class RBlockLoss(nn.Module):
                 f"RBlockLoss: criterion={criterion!r} is no loss that can be called as criterion(logits, target); pass "
                 "an instance or a function: RBlockLoss(nn.CrossEntropyLoss(), alpha=0.1)"
             )
-        if not is_real(alpha) or not 0 <= alpha <= 1:
+        if isinstance(alpha, bool) or not is_real(alpha) or not 0 <= alpha <= 1:
             raise SettingError(f"RBlockLoss: alpha={alpha} is not in [0, 1], the weight of the KL term, e.g. alpha=0.1")
         if not is_real(temperature) or not 0 < temperature < float("inf"):
             raise SettingError(f"RBlockLoss: temperature={temperature} is not a positive number, e.g. temperature=3.0")

@@ -5,10 +5,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rblock_fx.dry_run import dry_run, meta_batch
-from rblock_fx.survey import FlopCounter, Shape
+from rblock_fx.survey import FlopCounter, Shape, tensors_in
 
 # How a value changes with the batch: not at all; its first axis (or, a number, itself) grows in proportion; otherwise,
 # which is also said of a tensor that is changed in place later on, so that a doubled copy of it would go stale.
@@ -29,6 +31,7 @@ class Probe:
         changed_later: the nodes whose tensor was changed in place after they had given it.
         batch_norm_rows: how many rows each batch norm saw in each of its calls, by its path.
         output: what the graph gave.
+        operations: what was computed of the input.
     """
 
     values: dict[fx.Node, Any]
@@ -37,6 +40,17 @@ class Probe:
     changed_later: frozenset[fx.Node]
     batch_norm_rows: dict[str, list[int]]
     output: Any
+    operations: list[str]
+
+
+def operations_of(replica: nn.Module, input_size: Shape) -> list[str]:
+    """What the copy itself computes of the smaller batch, to be compared with what its graph does."""
+    computed = _Computed()
+    with dry_run(), computed:
+        x = meta_batch(replica, PROBE_ROWS[0], input_size)
+        computed.follow(x)
+        replica(x)
+    return computed.operations
 
 
 def run_graph(graph: fx.Graph, replica: nn.Module, input_size: Shape, known: Probe | None = None) -> Probe:
@@ -49,10 +63,13 @@ def run_graph(graph: fx.Graph, replica: nn.Module, input_size: Shape, known: Pro
         known: a run of the graph as it was before it was changed; what has not changed is taken from there.
     """
     recording = _Recording(replica, graph)
-    with dry_run(), _batch_norm_rows(replica) as rows, recording.counter:
+    computed = _Computed()
+    with dry_run(), _batch_norm_rows(replica) as rows, recording.counter, computed:
         x = meta_batch(replica, PROBE_ROWS[0], input_size)
+        computed.follow(x)
         output = recording.run(x, initial_env=None if known is None else _unchanged(graph, known))
-    return Probe(recording.values, recording.summaries, recording.flops, recording.changed_later(), rows, output)
+    changed = recording.changed_later()
+    return Probe(recording.values, recording.summaries, recording.flops, changed, rows, output, computed.operations)
 
 
 def _unchanged(graph: fx.Graph, known: Probe) -> dict[fx.Node, Any]:
@@ -62,6 +79,31 @@ def _unchanged(graph: fx.Graph, known: Probe) -> dict[fx.Node, Any]:
         if node in known.values and node.op != "output" and all(value in unchanged for value in node.all_input_nodes):
             unchanged[node] = known.values[node]
     return unchanged
+
+
+class _Computed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Names the operations that depend on the input, with the shapes that they give."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[str] = []
+        self._followed: dict[int, Tensor] = {}  # which also keeps their ids from being used again
+
+    def follow(self, tensor: Tensor) -> None:
+        """Take a tensor for one that depends on the input."""
+        self._followed[id(tensor)] = tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        depends = any(id(tensor) in self._followed for tensor in tensors_in((args, kwargs)))
+        result = func(*args, **(kwargs or {}))
+        if depends:
+            results = tensors_in(result)
+            for tensor in results:
+                self.follow(tensor)
+            # x += y is traced as x + y or as itself, depending on what y is.
+            name = str(func.overloadpacket.__name__).rstrip("_")
+            self.operations.append(f"{name} {[tuple(tensor.shape) for tensor in results]}")
+        return result
 
 
 class Growths:
@@ -125,7 +167,9 @@ def _mutable(value: Any) -> Any:
 def _summary(value: Any) -> Any:
     """Keep of a value what tells how it grows."""
     if isinstance(value, Tensor):
-        return ("tensor", tuple(value.shape))
+        # Whole numbers may be the numbers of rows, which are others in a batch of twice as many.
+        whole = value.dtype in (torch.int64, torch.int32)
+        return ("whole numbers" if whole else "tensor", tuple(value.shape))
     if isinstance(value, tuple | list):
         return ("nested", [_summary(item) for item in value])
     if isinstance(value, dict):

@@ -18,6 +18,8 @@ def refuse_unconvertible(model: nn.Module) -> None:
         raise ConversionError(
             f"apply_rblock: expected a torch.nn.Module, got {name}: apply_rblock(timm.create_model('resnet50'))"
         )
+    if torch.is_inference_mode_enabled():
+        raise ConversionError("apply_rblock: a model cannot be converted for training inside torch.inference_mode()")
     for path, module in model.named_modules():
         if isinstance(module, RBlockModel):
             where = f"{path!r} of {name}" if path else name

@@ -92,7 +92,7 @@ def _as_values(value: Any) -> list[Any]:
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise SettingError(f"unknown {name} {value!r}; expected one of {', '.join(map(repr, choices))}{hint}")

@@ -11,7 +11,7 @@ from torch import nn
 
 from rblock_fx.cuts import is_map, last_layer
 from rblock_fx.errors import SiteError
-from rblock_fx.stages import Site, SiteList, share, site_at, stages
+from rblock_fx.stages import Site, SiteList, channel_axis, share, site_at, stages
 from rblock_fx.survey import Survey
 
 Sites = None | str | int | Sequence[str | int]
@@ -32,11 +32,11 @@ def resolve_sites(model: nn.Module, survey: Survey, sites: Sites) -> list[Site]:
         if not listed:
             raise SiteError(_no_stage(model, survey))
         return list(listed[-2:])
-    if sites == "all":
+    if isinstance(sites, str) and sites == "all":
         if not listed:
             raise SiteError(_no_stage(model, survey))
         return list(listed)
-    words = list(sites) if isinstance(sites, Iterable) and not isinstance(sites, str | bytes) else [sites]
+    words = list(sites) if isinstance(sites, list | tuple | set | frozenset | range) else [sites]
     if not words:
         raise SiteError(f"sites={sites!r} names no site; {resolver.choices()}")
     chosen = list(itertools.chain.from_iterable(map(resolver.resolve, words)))
@@ -101,7 +101,7 @@ class _Resolver:
             )
         # In doubt, as the stages are.
         channels_last = bool(self.listed) and all(site.channel_axis == -1 for site in self.listed)
-        axis = self.survey.channel_axis(runs[-1]) or (-1 if channels_last else 1)
+        axis = channel_axis(runs[-1], self.survey, channels=None, channels_last=channels_last)
         return site_at(runs[-1], self.survey, index=None, channel_axis=axis)
 
     def refuse_same_map(self, chosen: Iterable[Site]) -> None:

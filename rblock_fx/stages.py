@@ -128,7 +128,7 @@ def stages(model: nn.Module, survey: Survey) -> SiteList:
     else:
         found = [(run, None) for run in last_cut_of_each_resolution(survey)]
     return SiteList(
-        site_at(run, survey, index=index, channel_axis=_channel_axis(run, survey, channels, channels_last))
+        site_at(run, survey, index=index, channel_axis=channel_axis(run, survey, channels, channels_last))
         for index, (run, channels) in enumerate(found)
     )
 
@@ -156,13 +156,20 @@ def _feature_info(model: nn.Module) -> list[dict[str, Any]]:
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
-def _channel_axis(run: ModuleRun, survey: Survey, channels: int | None, channels_last: bool) -> int:
-    """The axis that is timm's num_chs; else the one that does not grow with the image; else by timm's output_fmt."""
+def channel_axis(run: ModuleRun, survey: Survey, channels: int | None, channels_last: bool) -> int:
+    """The axis that is timm's num_chs; else the one that does not grow with the image; else by shape or output_fmt."""
     shapes = [shape for shape in (run.output if isinstance(run.output, list) else [run.output]) if shape]
     matches = {axis for shape in shapes for axis, size in ((1, shape[0]), (-1, shape[-1])) if size == channels}
     if len(matches) == 1:
         return matches.pop()
-    return survey.channel_axis(run) or (-1 if channels_last else 1)
+    grown = survey.channel_axis(run)
+    if grown is not None:
+        return grown
+    # On a network of one image size: of a square image, the axis that is unlike the others.
+    shape = shapes[0]
+    square = len(set(survey.input_size[1:])) == 1 and len(shape) > 2
+    unlike = [axis for axis, rest in ((1, shape[1:]), (-1, shape[:-1])) if len(set(rest)) == 1]
+    return unlike[0] if square and len(unlike) == 1 else -1 if channels_last else 1
 
 
 def share(flops: int, survey: Survey) -> float:

@@ -138,7 +138,7 @@ def survey_forward(replica: nn.Module, input_size: Shape) -> Survey:
             "input_size=(channels, height, width), for video (channels, frames, height, width); a model whose forward "
             "takes no image batch (detection, text) cannot be converted, but its backbone can, passed alone."
         ) from error
-    outputs = _tensors(output)
+    outputs = tensors_in(output)
     if not outputs:
         raise ConversionError(f"{name} gives {type(output).__name__} without a tensor; expected logits or a map.")
     used, cuts = _paths(recorder.operations, source, sink=recorder.value_of(outputs[0]))
@@ -183,9 +183,9 @@ class _Recorder(FlopCounter):  # type: ignore[no-untyped-call]
         return self.values[id(tensor)] if id(tensor) in self.values else self.new_value(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        reads = tuple(map(self.value_of, _tensors((args, kwargs))))
+        reads = tuple(map(self.value_of, tensors_in((args, kwargs))))
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        self.operations.append(Operation(reads, tuple(map(self.new_value, _tensors(result)))))
+        self.operations.append(Operation(reads, tuple(map(self.new_value, tensors_in(result)))))
         return result
 
     @contextlib.contextmanager
@@ -213,7 +213,7 @@ class _Recorder(FlopCounter):  # type: ignore[no-untyped-call]
                     output=shape,
                     structure=_structure(output),
                     input_shape=first_shape(_output_shape(inputs[0])) if inputs else None,
-                    value=-1 if first_shape(shape) is None else self.value_of(_tensors(output)[0]),
+                    value=-1 if first_shape(shape) is None else self.value_of(tensors_in(output)[0]),
                     first=first,
                     last=len(self.operations),
                     flops_before=flops_before,
@@ -284,16 +284,20 @@ def first_shape(output: Shape | list[Shape | None] | None) -> Shape | None:
 
 
 def _structure(value: Any) -> Structure:
-    return (type(value), [_structure(item) for item in value]) if type(value) in (list, tuple) else None
+    named = isinstance(value, tuple) and hasattr(value, "_fields")
+    if type(value) in (list, tuple) or named:
+        return type(value), [_structure(item) for item in value]
+    return None
 
 
-def _tensors(nested: Any) -> list[Tensor]:
+def tensors_in(nested: Any) -> list[Tensor]:
+    """Every tensor of any nesting, in order."""
     if isinstance(nested, Tensor):
         return [nested]
     if isinstance(nested, tuple | list):  # pytree is ten times slower, and this runs at every operation
-        return [tensor for item in nested for tensor in _tensors(item)]
+        return [tensor for item in nested for tensor in tensors_in(item)]
     if isinstance(nested, dict):
-        return [tensor for item in nested.values() for tensor in _tensors(item)]
+        return [tensor for item in nested.values() for tensor in tensors_in(item)]
     return [leaf for leaf in pytree.tree_leaves(nested) if isinstance(leaf, Tensor)]
 
 

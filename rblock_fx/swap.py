@@ -25,6 +25,11 @@ class SwappedClass:
         """Exchange the class of `module`."""
         module.__class__ = cls.swapped_class(module)
 
+    def __copy__(self) -> Any:
+        duplicate = self.__class__.__new__(self.__class__)
+        duplicate.__dict__.update(self.__dict__)
+        return duplicate
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         duplicate = self.__class__.__new__(self.__class__)
         memo[id(self)] = duplicate

@@ -17,6 +17,7 @@ from rblock_fx.errors import ConversionError
 from rblock_fx.replica import CHECKPOINTING
 from rblock_fx.stages import Site, containers_of
 from rblock_fx.survey import Shape, Structure, Survey
+from rblock_fx.watch import Setting, attributes_watched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Trace:
         records: for each site its maps.
         specialised: the optional arguments of the forward and their defaults, which the graph has taken for granted.
         constants: tensors that the forward makes of numbers alone, by their name under `rblock`.
+        settings: the plain attributes that the forwards in the graph have read.
         checkpointed: the modules that run under activation checkpointing, each with the attribute of the model that
             switches it; None where it is always on.
     """
@@ -53,6 +55,7 @@ class Trace:
     records: dict[Site, list[Record]]
     specialised: dict[str, Any]
     constants: dict[str, Tensor]
+    settings: tuple[Setting, ...]
     checkpointed: dict[str, str | None]
 
 
@@ -74,6 +77,8 @@ class SiteTracer(fx.Tracer):
         self._structures = {run.path: run.structure for run in survey.runs}
         self._around = [""]
         self._checkpoints = 0
+        with torch.enable_grad():
+            self._modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         """Only a module around a site is looked into."""
@@ -96,6 +101,12 @@ class SiteTracer(fx.Tracer):
             consumer = output.node if isinstance(output, fx.Proxy) else None
             self.outputs[self._sites[m, True]].append((args[0] if args else None, consumer))
         return output
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Refuse what is computed in another mode than the whole, which a graph does not tell of."""
+        if _modes() != self._modes:
+            raise RuntimeError("it switches gradients, autocast or inference mode on or off")
+        return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
         """Keep the type of a dictionary, of which fx makes a plain one."""
@@ -157,8 +168,9 @@ def trace_ancestors(replica: nn.Module, sites: Sequence[Site], survey: Survey) -
     }
     replica.train()
     try:
-        with random_state_kept() as random_drawn, torch.no_grad(), tracer.checkpoints_noticed(False):
-            graph = tracer.trace(replica, concrete_args=defaults)
+        with random_state_kept() as random_drawn, torch.enable_grad(), tracer.checkpoints_noticed(False):
+            with attributes_watched(tracer.ancestors) as settings:
+                graph = tracer.trace(replica, concrete_args=defaults)
             frozen_draw = random_drawn()
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -167,9 +179,13 @@ def trace_ancestors(replica: nn.Module, sites: Sequence[Site], survey: Survey) -
         raise ConversionError(_untraceable(replica, sites, "it draws random numbers, which tracing would freeze"))
     return Trace(
         graph=graph,
-        records={site: _records(site, outputs, replica) for site, outputs in tracer.outputs.items()},
+        records={
+            site: _records(site, outputs, replica, calls=len(survey.runs_of(site.path)))
+            for site, outputs in tracer.outputs.items()
+        },
         specialised=defaults,
-        constants=_take_constants(graph, replica),
+        constants=_take_constants(graph, replica, sites),
+        settings=tuple(settings.values()),
         checkpointed=_checkpointed_on_demand(replica, sites, survey, defaults) | tracer.checkpointed,
     )
 
@@ -181,14 +197,16 @@ def _checkpointed_on_demand(
     tracer = SiteTracer(replica, sites, survey)
     if not any(CHECKPOINTING in vars(module) for module in tracer.ancestors):
         return {}
-    with random_state_kept(), torch.no_grad(), tracer.checkpoints_noticed(True), contextlib.suppress(Exception):
+    with random_state_kept(), torch.enable_grad(), tracer.checkpoints_noticed(True), contextlib.suppress(Exception):
         tracer.trace(replica, concrete_args=defaults)
         return tracer.checkpointed
     return {}
 
 
-def _records(site: Site, outputs: list[tuple[Any, fx.Node | None]], replica: nn.Module) -> list[Record]:
+def _records(site: Site, outputs: list[tuple[Any, fx.Node | None]], replica: nn.Module, calls: int) -> list[Record]:
     """The maps of each call of a site."""
+    if len(outputs) < calls:
+        raise _no_map(site, replica, f"runs {calls} times, of which {len(outputs)} can be masked,")
     records = []
     for value, consumer in outputs:
         for place, shape in site.shapes.items():
@@ -202,12 +220,18 @@ def _records(site: Site, outputs: list[tuple[Any, fx.Node | None]], replica: nn.
     return records
 
 
+def _modes() -> tuple[bool, ...]:
+    autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
 def _unpacked(proxy: Any, structure: Structure) -> Any:
     """Make of a list a list of proxies: the network may go through it, measure it, and write into it."""
     if structure is None:
         return proxy
     kind, items = structure
-    return kind(_unpacked(proxy[place], item) for place, item in enumerate(items))
+    unpacked = [_unpacked(proxy[place], item) for place, item in enumerate(items)]
+    return kind(*unpacked) if hasattr(kind, "_fields") else kind(unpacked)
 
 
 def _as_it_is_now(output: Any) -> Any:
@@ -222,13 +246,15 @@ def _no_map(site: Site, replica: nn.Module, reason: str) -> ConversionError:
     )
 
 
-def _take_constants(graph: fx.Graph, replica: nn.Module) -> dict[str, Tensor]:
+def _take_constants(graph: fx.Graph, replica: nn.Module, sites: Sequence[Site]) -> dict[str, Tensor]:
     """Take along the tensors that the forward makes of numbers alone, which fx leaves on what it traced."""
     constants = {}
     for node in graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
             name = node.target.removeprefix("_")
             constants[name] = getattr(replica, node.target)
+            if constants[name].is_meta:
+                raise ConversionError(_untraceable(replica, sites, "it uses a tensor that a module has left behind"))
             node.target = f"rblock.{name}"
     return constants
 

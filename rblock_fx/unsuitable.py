@@ -27,6 +27,6 @@ def refuse_unsuitable(model: nn.Module) -> None:
     kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
     if "WeightedQuantizedModule" in kinds:  # of torch.ao, or wherever it moves to
         raise ConversionError(
-            f"{name} is quantized: its integer layers cannot be trained. Convert the float model: "
-            "apply_rblock(torchvision.models.resnet50())"
+            f"{name} is quantized: its integer layers cannot be trained. Convert the model before it is "
+            "quantized, e.g. apply_rblock(torchvision.models.quantization.resnet18(quantize=False))"
         )
