@@ -8,6 +8,7 @@ import timm
 from benchmarks import zoo
 
 SUMMARY = json.loads(zoo.SUMMARY.read_text())
+FAMILIES_CONVERTED, FAMILIES_REFUSED = 112, 37
 CHECKS = ("eval_equal", "keys_equal", "rows_doubled", "halves_differ", "gradients_equal", "gradients_finite")
 
 
@@ -60,6 +61,12 @@ def test_everything_that_timm_says_has_maps_converts():
 
 def test_the_readme_shows_the_result_file():
     text = zoo.README.read_text()
+    words = " ".join(text.split())
+    status, weighted = SUMMARY["status"], SUMMARY["with_weights"]["architectures"]
+    tried = SUMMARY["architectures_tried"]
+    assert f"Of {tried:,} tried, {status['converted']:,} convert and {status['refused']} are refused" in words
+    assert f"all {SUMMARY['timm_with_maps']} of timm" in words
+    assert f"for {weighted} architectures" in words
     assert zoo.MARKS[0] + zoo.markdown_table(SUMMARY["architectures"]) + zoo.MARKS[1] in text
 
 
