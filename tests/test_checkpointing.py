@@ -3,6 +3,7 @@
 import collections
 import contextlib
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import timm
@@ -70,7 +71,8 @@ def test_what_the_plain_model_recomputes_the_converted_one_does(name, sites, whe
     x = torch.randn(2, 3, 64, 64)
     plain = make(name)
     plain.set_grad_checkpointing(True)
-    expected, _, _ = step(plain, x)
+    with mock.patch.object(torch.utils.checkpoint, "checkpoint", wraps=checkpoint) as plain_segments:
+        expected, _, _ = step(plain, x)
     assert set(expected.values()) == {1, 2}  # some are recomputed, some are not
 
     model = make(name)
@@ -79,8 +81,13 @@ def test_what_the_plain_model_recomputes_the_converted_one_does(name, sites, whe
     apply_rblock(model, sites)
     if when == "after":
         model.set_grad_checkpointing(True)
-    calls, saved, gradients = step(model, x)
+    with mock.patch.object(torch.utils.checkpoint, "checkpoint", wraps=checkpoint) as segments:
+        calls, saved, gradients = step(model, x)
     assert calls == expected
+    # Block by block, not stage by stage; a block with a site inside, in its parts.
+    in_parts = sites == ["layer4.0.conv1"]
+    assert (segments.call_count > plain_segments.call_count) == in_parts
+    assert segments.call_count >= plain_segments.call_count > 0
 
     model.set_grad_checkpointing(False)
     calls, saved_without, gradients_without = step(model, x)

@@ -129,6 +129,7 @@ def test_the_stages_of_hrnet_are_lists():
     apply_rblock(model, ["stage3", "stage4"], drop_prob=[0.1, 0.3], input_size=(3, 64, 64))
     described = describe(model).sites
     assert [site.path for site in described] == [f"stage3[{i}]" for i in range(3)] + [f"stage4[{i}]" for i in range(4)]
+    assert [site.shape[1:] for site in described] == [(16, 16), (8, 8), (4, 4), (16, 16), (8, 8), (4, 4), (2, 2)]
     assert [site.drop_prob for site in described] == [0.1] * 3 + [0.3] * 4
     set_drop_prob(model, [0.2, 0.4])
     assert [site.drop_prob for site in describe(model).sites] == [0.2] * 3 + [0.4] * 4
