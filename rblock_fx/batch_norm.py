@@ -13,7 +13,8 @@ from rblock_fx.swap import SwappedClass
 class PerSubmodelBatchNorm(SwappedClass):
     """Mixin of a batch norm behind the fork; in eval mode, and frozen by .eval(), it is the layer that it was.
 
-    Running statistics are updated by sub-model 1, then by sub-model 2. Parameters, buffers and state_dict keys are
+    Running statistics are updated by sub-model 1, then by sub-model 2 (so of a layer that is called several times in a
+    forward, in another order than two forwards would). Parameters, buffers and state_dict keys are
     those of the layer.
     """
 

@@ -4,6 +4,8 @@ import copy
 import itertools
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -89,7 +91,7 @@ def build(
         forward=forward,
         settings=trace.settings,
         inlined=containers_of(sites),
-        paired_batch_norms=_paired_batch_norms(plain, converted, settings),
+        paired_batch_norms=_paired_batch_norms(trace, plain, converted, settings),
         early_fork_reason=fork.reason,
         cost=cost,
     )
@@ -157,12 +159,19 @@ def _try_out(trace: Trace, replica: nn.Module, input_size: Shape, plain: Probe, 
     return converted
 
 
-def _paired_batch_norms(plain: Probe, converted: Probe, settings: Settings) -> tuple[str, ...]:
+def _paired_batch_norms(trace: Trace, plain: Probe, converted: Probe, settings: Settings) -> tuple[str, ...]:
     """The batch norms behind the fork; of those inside one another (timm's SplitBatchNorm2d) the outer one.
 
     Raises:
-        ConversionError: statistics of each sub-model are asked for, of a layer that also runs before the fork.
+        ConversionError: statistics of each sub-model are asked for, of a layer that also runs before the fork, or of
+            batch norm that is no layer.
     """
+    functional = any(node.target in (F.batch_norm, torch.batch_norm) for node in trace.graph.nodes)
+    if settings.batch_norm == "per_submodel" and functional:
+        raise ConversionError(
+            "the forward around the sites calls F.batch_norm, which has no statistics of each sub-model; use "
+            "batch_norm='joint', or an nn.BatchNorm2d in its place."
+        )
     paired: list[str] = []
     for path, rows in converted.batch_norm_rows.items():
         before = plain.batch_norm_rows[path]

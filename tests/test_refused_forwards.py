@@ -375,6 +375,23 @@ def test_a_network_of_one_image_size_has_its_channels_where_its_maps_say():
     assert describe(apply_rblock(model, ["stages.3.blocks.0"])).sites[0].channel_axis == -1
 
 
+def test_functional_batch_norm_has_no_statistics_of_each_sub_model():
+    class Functional(Base):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(16)
+
+        def forward(self, x):
+            x = self.b(self.a(x))
+            norm = self.norm
+            x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, self.training)
+            return self.head(self.c(x))
+
+    with pytest.raises(ConversionError, match=r"calls F\.batch_norm, .* batch_norm='joint'"):
+        convert(Functional(), ["a"], batch_norm="per_submodel")
+    assert len(convert(Functional(), ["a"])(torch.randn(2, 3, 32, 32))) == 4
+
+
 def test_odd_arguments_are_refused_by_type():
     class Plain(Base):
         def forward(self, x):
