@@ -206,3 +206,10 @@ def test_recurrent_layers_are_surveyed_by_their_shapes_and_costs(kind, options):
     directions = 2 if "bidirectional" in options else 1
     inputs = [5] + [7 * directions] * (options.get("num_layers", 1) - 1)
     assert survey.flops == sum(2 * 12 * directions * gates * 7 * (size + 7) for size in inputs)
+
+
+@pytest.mark.parametrize(("name", "side", "axis"), [("mambaout_femto", 192, -1), ("convnext_atto", 160, 1)])
+def test_channels_are_found_where_the_map_is_a_cube(name, side, axis):
+    site = list_sites(timm.create_model(name), (3, side, side))[0]
+    assert len(set(site.shape)) == 1
+    assert site.channel_axis == axis
