@@ -31,7 +31,7 @@ class Probe:
         changed_later: the nodes whose tensor was changed in place after they had given it.
         batch_norm_rows: how many rows each batch norm saw in each of its calls, by its path.
         output: what the graph gave.
-        operations: what was computed of the input.
+        operations: what was computed of the input; nothing where another run was known.
     """
 
     values: dict[fx.Node, Any]
@@ -64,7 +64,8 @@ def run_graph(graph: fx.Graph, replica: nn.Module, input_size: Shape, known: Pro
     """
     recording = _Recording(replica, graph)
     computed = _Computed()
-    with dry_run(), _batch_norm_rows(replica) as rows, recording.counter, computed:
+    compared = computed if known is None else contextlib.nullcontext()
+    with dry_run(), _batch_norm_rows(replica) as rows, recording.counter, compared:
         x = meta_batch(replica, PROBE_ROWS[0], input_size)
         computed.follow(x)
         output = recording.run(x, initial_env=None if known is None else _unchanged(graph, known))
