@@ -44,6 +44,13 @@ class _KnownShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _is_inplace(func) and all(value.is_meta for value in args if isinstance(value, Tensor)):
+            key = _key_of_call(func, args, kwargs)
+            if key is None or key not in self.results:
+                func(*args, **kwargs)
+                if key is not None:
+                    self.results[key] = ()
+            return args[0]
         key = _key_of_call(func, args, kwargs) if _is_functional(func) else None
         known = None if key is None else self.results.get(key)
         if known is not None:
@@ -61,6 +68,19 @@ class _KnownShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _is_functional(func: Any) -> bool:
     schema = func._schema
     return not schema.is_mutable and not any(value.alias_info for value in (*schema.arguments, *schema.returns))
+
+
+@functools.cache
+def _is_inplace(func: Any) -> bool:
+    """Whether an operation changes the values of its first argument, not its shape, and gives that."""
+    written = [value for value in func._schema.arguments if value.alias_info is not None]
+    return (
+        func.overloadpacket.__name__.endswith("_")
+        and func.overloadpacket.__name__ not in ("resize_", "resize_as_", "set_")
+        and torch.Tag.inplace_view not in func.tags
+        and written == func._schema.arguments[:1]
+        and len(func._schema.returns) == 1
+    )
 
 
 def _key_of_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
