@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from rblock_fx.checkpointing import keep_checkpointing
 from rblock_fx.conversion import Conversion, RBlock, TrainingForward
 from rblock_fx.dry_run import META
-from rblock_fx.errors import ConversionError
+from rblock_fx.errors import ConversionError, first_line
 from rblock_fx.fork import Fork, fork_batch, insert_masks
 from rblock_fx.probe import Growths, Probe, operations_of, run_graph
 from rblock_fx.settings import Settings, one_per_site
@@ -76,7 +76,7 @@ def build(
         forward.compile(type(replica).__name__)
     except SyntaxError as error:
         raise ConversionError(
-            f"the names of the modules of {type(replica).__name__} make no Python ({_first_line(error)}: "
+            f"the names of the modules of {type(replica).__name__} make no Python ({first_line(error)}: "
             f"{(error.text or '').strip()}); rename them, e.g. ModuleDict({{'inner': ...}}) rather than 'in'."
         ) from error
     rblock.conversion = Conversion(
@@ -116,7 +116,7 @@ def _run_plain(trace: Trace, replica: nn.Module, rblock: RBlock, input_size: Sha
     except Exception as error:
         raise ConversionError(
             f"{type(replica).__name__} does not run in train mode on a batch of {('N', *input_size)}: "
-            f"{type(error).__name__}: {_first_line(error)}\nPass the shape of one sample "
+            f"{type(error).__name__}: {first_line(error)}\nPass the shape of one sample "
             "that it trains on, e.g. input_size=(3, 299, 299) for Inception v3, whose auxiliary head needs that much."
         ) from error
     for traced, own in itertools.zip_longest(plain.operations, operations):
@@ -141,7 +141,7 @@ def _try_out(trace: Trace, replica: nn.Module, input_size: Shape, plain: Probe, 
         converted = run_graph(trace.graph, replica, input_size, known=plain)
     except Exception as error:
         raise ConversionError(
-            f"the training forward generated for {name} does not run ({type(error).__name__}: {_first_line(error)}); "
+            f"the training forward generated for {name} does not run ({type(error).__name__}: {first_line(error)}); "
             "choose other sites: list_sites(model)."
         ) from error
     if () in _shapes(plain.output):
@@ -185,10 +185,6 @@ def _paired_batch_norms(trace: Trace, plain: Probe, converted: Probe, settings: 
             )
     inside = {path for path in paired for other in paired if path.startswith(other + ".")}
     return tuple(path for path in paired if path not in inside)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else ""
 
 
 def _shapes(output: object) -> list[Shape]:

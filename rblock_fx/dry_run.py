@@ -48,8 +48,7 @@ class _KnownShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             key = _key_of_call(func, args, kwargs)
             if key is None or key not in self.results:
                 func(*args, **kwargs)
-                if key is not None:
-                    self.results[key] = ()
+                self._remember(key, ())
             return args[0]
         key = _key_of_call(func, args, kwargs) if _is_functional(func) else None
         known = None if key is None else self.results.get(key)
@@ -58,10 +57,14 @@ class _KnownShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         layout = None if key is None else _layout(result)
         if layout is not None:
-            if len(self.results) >= self.limit:
-                self.results.clear()
-            self.results[key] = layout
+            self._remember(key, layout)
         return result
+
+    def _remember(self, key: Any, layout: Any) -> None:
+        if len(self.results) >= self.limit:
+            self.results.clear()
+        if key is not None:
+            self.results[key] = layout
 
 
 @functools.cache

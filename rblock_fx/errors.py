@@ -19,3 +19,8 @@ class ConversionError(RBlockError):
 
 class PairError(RBlockError):
     """An output or a target does not have the rows of a pair of sub-models."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without its pages of advice."""
+    return str(error).splitlines()[0] if str(error) else ""

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rblock_fx.dry_run import dry_run, eval_mode, meta_batch
-from rblock_fx.errors import ConversionError
+from rblock_fx.errors import ConversionError, first_line
 
 Shape = tuple[int, ...]
 Structure = tuple[type, "list[Structure]"] | None
@@ -134,7 +134,7 @@ def survey_forward(replica: nn.Module, input_size: Shape) -> Survey:
     except Exception as error:
         raise ConversionError(
             f"{name} does not run on a batch of {('N', *input_size)}: {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}\nPass the shape of one sample: "
+            f"{first_line(error)}\nPass the shape of one sample: "
             "input_size=(channels, height, width), for video (channels, frames, height, width); a model whose forward "
             "takes no image batch (detection, text) cannot be converted, but its backbone can, passed alone."
         ) from error

@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
 from rblock_fx.dry_run import random_state_kept
-from rblock_fx.errors import ConversionError
+from rblock_fx.errors import ConversionError, first_line
 from rblock_fx.replica import CHECKPOINTING
 from rblock_fx.stages import Site, containers_of
 from rblock_fx.survey import Shape, Structure, Survey
@@ -173,7 +173,7 @@ def trace_ancestors(replica: nn.Module, sites: Sequence[Site], survey: Survey) -
                 graph = tracer.trace(replica, concrete_args=defaults)
             frozen_draw = random_drawn()
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise ConversionError(_untraceable(replica, sites, reason)) from error
     if frozen_draw:
         raise ConversionError(_untraceable(replica, sites, "it draws random numbers, which tracing would freeze"))
