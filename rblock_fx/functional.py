@@ -4,14 +4,16 @@ A pair of masks over a map x of (N, C, *S) is held in factors that broadcast, K 
 methods, or where both sub-models share a factor):
 
     channel  (K, N, C, 1...)  bool, the channels in which a sub-model drops
-    spatial  (K, N, 1, *S)    bool, the positions at which it drops
+    spatial  (K, N, 1, *S)    float32, 1 at the positions at which it drops and 0 elsewhere
     scale    (K, N, 1, 1...)  float32, what the kept activations are multiplied by
 
-so that mask_i = (1 - channel_i * spatial_i) * scale_i. For channels-last maps the two axes change places. No tensor of
-(N, C, *S) is ever saved for backward.
+so that mask_i = (1 - channel_i * spatial_i) * scale_i. Where activations are dropped one by one (Dropout), `channel` is
+(K, N, C, *S) and `spatial` is 1; else no tensor of (N, C, *S) is ever saved for backward.
 """
 
+import functools
 import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -20,9 +22,10 @@ from torch import Tensor
 
 Operation = Literal["fork", "keep", "join"]
 
-# Elements of a mask that are built at once on a CPU: 64 Ki float32 stay in a core's cache, so that the mask costs
-# no pass over memory.
-_CPU_CHUNK = 1 << 16
+# Elements of a mask that are built at once. On a CPU 256 Ki float32 stay in a core's cache, so that the mask costs no
+# pass over memory; elsewhere the bound keeps the buffer small.
+_CPU_CHUNK = 1 << 18
+_CHUNK = 1 << 24
 
 
 def draw_blocks(gamma: Tensor | float, rows: int, spatial: tuple[int, ...], block_size: int, device: Any) -> Tensor:
@@ -45,18 +48,10 @@ def kept_scale(channel: Tensor, spatial: Tensor) -> Tensor:
     different axes, so the dropped share is the product of theirs; it is counted in integers, for which 1 - s is exact.
     """
     axes = tuple(range(2, channel.dim()))
-    channel_total, spatial_total = (_positions(factor, axes) for factor in (channel, spatial))
-    dropped = channel.sum(axes, keepdim=True) * spatial.sum(axes, keepdim=True)
-    total = channel_total * spatial_total
+    total = math.prod(channel.shape[2:]) * math.prod(spatial.shape[2:])
+    dropped = channel.sum(axes, keepdim=True) * spatial.sum(axes, keepdim=True, dtype=torch.int64)
     kept = total - dropped
     return torch.where(kept > 0, total / kept.to(torch.float32), 0.0)
-
-
-def _positions(factor: Tensor, axes: tuple[int, ...]) -> int:
-    total = 1
-    for axis in axes:
-        total *= factor.shape[axis]
-    return total
 
 
 def fork_and_mask(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor) -> Tensor:
@@ -79,7 +74,9 @@ class _Mask(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor, operation: Operation) -> Tensor:
-        return _apply_masks(x, channel, spatial, scale, operation)
+        if torch.compiler.is_compiling() or x.is_meta:
+            return _in_one_expression(x, channel, spatial, scale, operation)
+        return _chunk_by_chunk(x, channel, spatial, scale, operation)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
@@ -92,41 +89,103 @@ class _Mask(torch.autograd.Function):
         return _Mask.apply(gradient, *ctx.saved_tensors, ctx.adjoint), None, None, None, None
 
 
-def _apply_masks(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor, operation: Operation) -> Tensor:
-    """Evaluate one of the three maps, in float32 inside and rounded once to the dtype of x."""
-    parts = scale.shape[0]
-    rows = scale.shape[1]
-    source = x.unsqueeze(0) if operation == "fork" else x.view(parts, rows, *x.shape[1:])
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        products = source * _masks(channel, spatial, scale)
-        return (products.sum(0) if operation == "join" else products.flatten(0, 1)).to(x.dtype)
+def _in_one_expression(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor, operation: Operation) -> Tensor:
+    """What a compiler fuses to one loop over x, which reads it once; in float32, rounded once to the dtype of x.
 
-    out_rows = rows if operation == "join" else parts * rows
-    result = torch.empty((out_rows, *x.shape[1:]), dtype=x.dtype, device=x.device).to(memory_format=_memory_format(x))
-    target = result.unsqueeze(0) if operation == "join" else result.view(parts, rows, *x.shape[1:])
-    step = max(_CPU_CHUNK // max(math.prod(x.shape[1:]), 1), 1)
-    for start in range(0, rows, step):
-        here = slice(start, start + step)
-        masks = [
-            _masks(*(factor[min(part, len(factor) - 1), here] for factor in (channel, spatial, scale)))
-            for part in range(parts)
-        ]
+    Written with one expression per part, since a broadcast over parts is a loop over parts outside, which reads x anew.
+    """
+    parts, rows = scale.shape[:2]
+    sources = (x,) * parts if operation == "fork" else x.split(rows)  # type: ignore[no-untyped-call]
+    products = [
+        source * (torch.where(_part(channel, part), 1 - _part(spatial, part), 1.0) * scale[part])
+        for part, source in enumerate(sources)
+    ]
+    if operation == "join":
+        total: Tensor = sum(products[1:], start=products[0])
+        return total.to(x.dtype)
+    return torch.cat([product.to(x.dtype) for product in products])
+
+
+def _chunk_by_chunk(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor, operation: Operation) -> Tensor:
+    """Without a compiler: a few samples at a time, so that their masks stay in the cache."""
+    channels_inside = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    x = x.movedim(1, -1) if channels_inside else x.contiguous()
+    parts, rows = scale.shape[:2]
+    source = x.view(1 if operation == "fork" else parts, rows, math.prod(x.shape[1:]))
+    result = x.new_empty((1 if operation == "join" else parts, rows, *x.shape[1:]))
+    target = result.view(len(result), *source.shape[1:])
+    scale = scale.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+    step = max((_CPU_CHUNK if x.device.type == "cpu" else _CHUNK) // max(source.shape[2], 1), 1)
+    if channel.dim() == 3 or math.prod(channel.shape[3:]) > 1:
+        masks = _masks_of_activations(channel.movedim(2, -1) if channels_inside else channel, scale, step)
+    else:
+        inner, outer = (channel, spatial) if channels_inside else (spatial, channel)
+        masks = _masks_of_rows(inner, outer, scale, tuple(x.shape[1:]), channels_inside, step)
+    for xs, outs, masks_here in zip(_split(source, step), _split(target, step), masks, strict=True):
+        xs = xs.to(scale.dtype)
         if operation == "join":
-            target[0, here] = sum(source[part, here] * mask for part, mask in enumerate(masks))
+            _sum_of_products(xs, masks_here, outs[0])
         else:
-            for part, mask in enumerate(masks):
-                torch.mul(source[min(part, len(source) - 1), here], mask, out=target[part, here])
-    return result
+            for part, mask in enumerate(masks_here):
+                _sum_of_products(_part(xs, part)[None], [mask], outs[part])
+    result = result.flatten(0, 1)
+    return result.movedim(-1, 1) if channels_inside else result
 
 
-def _masks(channel: Tensor, spatial: Tensor, scale: Tensor) -> Tensor:
-    return torch.where(channel & spatial, 0.0, scale)
+def _sum_of_products(xs: Tensor, masks: Iterable[Callable[[], Tensor]], out: Tensor) -> None:
+    """Write the sum of x * mask over parts, computed in the dtype of the masks; each mask is made when it is due."""
+    total = None
+    for x, mask in zip(xs, masks, strict=True):
+        if total is None:
+            total = torch.mul(x, mask(), out=out if out.dtype == x.dtype else None)
+        else:
+            total.addcmul_(x, mask())
+    if total is not None and total is not out:
+        out.copy_(total)
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """Channels-last where x is laid out so, for the convolutions that follow."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    wanted = formats.get(x.dim())
-    if wanted is not None and x.is_contiguous(memory_format=wanted) and not x.is_contiguous():
-        return wanted
-    return torch.contiguous_format
+def _masks_of_rows(
+    inner: Tensor, outer: Tensor, scale: Tensor, shape: tuple[int, ...], channels_inside: bool, step: int
+) -> Iterator[list[Callable[[], Tensor]]]:
+    """Give, for every `step` samples, what makes their mask of (step, C * S) for each part, in the order of the memory.
+
+    A row of a mask, along the inner axes of the memory, is one of two: the scale throughout, or the scale with holes.
+    Both are made once for each sample, and the factor of the outer axes says which one a row is: copying whole rows is
+    faster than computing a mask element by element. A mask lives until the next is made.
+    """
+    outer_size = math.prod(shape[:-1]) if channels_inside else shape[0]
+    inner_size = shape[-1] if channels_inside else math.prod(shape[1:])
+    parts, rows = scale.shape[:2]
+    holes = (scale * (1 - inner.flatten(2).to(scale.dtype))).expand(parts, rows, inner_size)
+    either = torch.stack((scale.expand_as(holes), holes), 2).view(parts, 2 * rows, inner_size).unbind(0)
+    first_row = torch.arange(0, 2 * rows, 2, dtype=torch.int32, device=scale.device).view(1, rows, 1)
+    which = (outer.flatten(2).to(torch.int32) + first_row).expand(parts, rows, outer_size).reshape(parts, -1)
+    buffer = scale.new_empty((min(step, rows) * outer_size, inner_size))
+
+    def gathered(part: int, chosen: Tensor) -> Tensor:
+        mask = torch.index_select(either[part], 0, chosen, out=buffer[: len(chosen)])
+        return mask.view(-1, math.prod(shape))
+
+    for chunk in _split(which, step * outer_size):
+        yield [functools.partial(gathered, part, chosen) for part, chosen in enumerate(chunk)]
+
+
+def _masks_of_activations(dropped: Tensor, scale: Tensor, step: int) -> Iterator[list[Callable[[], Tensor]]]:
+    """Give the same where single activations are dropped, (K, N, C, *S)."""
+    dropped = dropped.flatten(2).expand(scale.shape[0], -1, -1)
+    for holes, kept in zip(_split(dropped, step), _split(scale, step), strict=True):
+        yield [functools.partial(_with_holes, *factors) for factors in zip(holes, kept, strict=True)]
+
+
+def _with_holes(dropped: Tensor, scale: Tensor) -> Tensor:
+    return torch.where(dropped, 0.0, scale)
+
+
+def _split(factor: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Cut (K, N, ...) into pieces of (K, size, ...)."""
+    return factor.split(size, 1)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _part(factor: Tensor, part: int) -> Tensor:
+    """Give the factor of a sub-model, where both may share one."""
+    return factor[min(part, len(factor) - 1)]

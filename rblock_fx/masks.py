@@ -75,10 +75,9 @@ class Mask(nn.Module):
             rows, x.shape[self.channel_axis], _without_channels(x.shape[1:], self.channel_axis), x.device
         )
         scale = self.scale(channel, spatial).expand(self.parts, rows, *(1 for _ in x.shape[1:]))
-        if self.channel_axis == -1:
-            channel, spatial = channel.movedim(2, -1), spatial.movedim(2, -1)
         operation = fork_and_mask if self.forks else mask_parts
-        return operation(x, channel, spatial, scale)
+        masked = operation(x.movedim(self.channel_axis, 1), channel, spatial.to(torch.float32), scale)
+        return masked.movedim(1, self.channel_axis)
 
     def set_drop_prob(self, drop_prob: float) -> None:
         """Change the drop rate, and gamma with it; computed on the host, written to the buffers in place."""

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rblock_fx import apply_rblock
-from rblock_fx.functional import dilate, fork_and_mask, kept_scale, mask_parts
+from rblock_fx.functional import _in_one_expression, dilate, fork_and_mask, kept_scale, mask_parts
 from tests.oracles import Maps, recorded_masks
 
 seeds = st.integers(0, 2**31)
@@ -13,14 +13,12 @@ seeds = st.integers(0, 2**31)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def factors(seed, parts_channel, parts_spatial, rows, channels, size, axis=1):
+def factors(seed, parts_channel, parts_spatial, rows, channels, size):
     generator = torch.Generator().manual_seed(seed)
     ones = [1] * len(size)
     channel = torch.rand((parts_channel, rows, channels, *ones), generator=generator) < 0.5
-    spatial = torch.rand((parts_spatial, rows, 1, *size), generator=generator) < 0.3
+    spatial = (torch.rand((parts_spatial, rows, 1, *size), generator=generator) < 0.3).float()
     scale = kept_scale(channel, spatial).expand(2, rows, 1, *ones)
-    if axis == -1:
-        channel, spatial, scale = (factor.movedim(2, -1) for factor in (channel, spatial, scale))
     return channel, spatial, scale
 
 
@@ -29,42 +27,69 @@ def dense(channel, spatial, scale):
     return ((1 - channel.double() * spatial.double()) * scale.double()).flatten(0, 1)
 
 
+def laid_out(shape, layout, seed):
+    """Random numbers of (N, C, *S): in that order in memory, with the channels innermost, or with gaps."""
+    generator = torch.Generator().manual_seed(seed)
+    if layout == "channels inside":
+        return torch.randn((shape[0], *shape[2:], shape[1]), generator=generator).movedim(-1, 1).requires_grad_()
+    if layout == "gaps":
+        return torch.randn((*shape, 2), generator=generator)[..., 0].requires_grad_()
+    return torch.randn(shape, generator=generator).requires_grad_()
+
+
 cases = st.tuples(
     seeds,
-    st.sampled_from([(2, 1), (1, 2), (2, 2)]),
+    st.sampled_from([(2, 1), (1, 2), (2, 2), (1, 1)]),
     st.integers(1, 5),
     st.integers(1, 6),
     st.lists(st.integers(1, 6), min_size=1, max_size=3),
-    st.sampled_from([1, -1]),
+    st.sampled_from(["channels outside", "channels inside", "gaps"]),
+    st.sampled_from([fork_and_mask, mask_parts]),
 )
 
 
-@given(cases)
-def test_fork_and_mask_is_both_masks_times_x(case):
-    seed, parts, rows, channels, size, axis = case
-    channel, spatial, scale = factors(seed, *parts, rows, channels, size, axis)
-    shape = (rows, channels, *size) if axis == 1 else (rows, *size, channels)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+def check_against_dense(operation, function, x, channel, spatial, scale, seed):
+    """Output and gradient, of first order, against masks multiplied out in float64."""
     masks = dense(channel, spatial, scale)
-    output = fork_and_mask(x, channel, spatial, scale)
-    torch.testing.assert_close(output.double(), torch.cat((x, x)).double() * masks)
+    output = function(x, channel, spatial, scale)
+    rows = scale.shape[1]
+    wide = torch.cat((x, x)) if operation is fork_and_mask else x
+    torch.testing.assert_close(output.double(), wide.double() * masks)
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed + 1))
     (gradient,) = torch.autograd.grad((output * weight).sum(), x)
-    torch.testing.assert_close(gradient.double(), (weight.double() * masks).unflatten(0, (2, rows)).sum(0), **CLOSE)
+    expected = weight.double() * masks
+    if operation is fork_and_mask:
+        expected = expected.unflatten(0, (2, rows)).sum(0)
+    torch.testing.assert_close(gradient.double(), expected, **CLOSE)
 
 
 @given(cases)
-def test_masking_behind_the_fork_is_each_mask_times_its_half(case):
-    seed, parts, rows, channels, size, axis = case
-    channel, spatial, scale = factors(seed, *parts, rows, channels, size, axis)
-    shape = (2 * rows, channels, *size) if axis == 1 else (2 * rows, *size, channels)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-    masks = dense(channel, spatial, scale)
-    output = mask_parts(x, channel, spatial, scale)
-    torch.testing.assert_close(output.double(), x.double() * masks)
-    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed + 1))
-    (gradient,) = torch.autograd.grad((output * weight).sum(), x)
-    torch.testing.assert_close(gradient.double(), weight.double() * masks, **CLOSE)
+def test_an_operation_is_each_mask_times_its_half(case):
+    seed, parts, rows, channels, size, layout, operation = case
+    x = laid_out((rows if operation is fork_and_mask else 2 * rows, channels, *size), layout, seed)
+    check_against_dense(operation, operation, x, *factors(seed, *parts, rows, channels, size), seed)
+
+
+@given(cases)
+def test_what_a_compiler_sees_is_the_same(case):
+    seed, parts, rows, channels, size, layout, operation = case
+    x = laid_out((rows if operation is fork_and_mask else 2 * rows, channels, *size), layout, seed)
+    name = "fork" if operation is fork_and_mask else "keep"
+
+    def expression(x, *all_factors):
+        return _in_one_expression(x, *all_factors, name)
+
+    check_against_dense(operation, expression, x, *factors(seed, *parts, rows, channels, size), seed)
+
+
+@given(seeds, st.integers(1, 4), st.integers(1, 5), st.lists(st.integers(1, 4), max_size=2), st.booleans())
+def test_activations_dropped_one_by_one(seed, rows, channels, size, channels_inside):
+    generator = torch.Generator().manual_seed(seed)
+    dropped = torch.rand((2, rows, channels, *size), generator=generator) < 0.4
+    everywhere = torch.ones((1, rows, 1, *(1 for _ in size)))
+    scale = torch.full((2, rows, 1, *(1 for _ in size)), 1.25)
+    x = laid_out((rows, channels, *size), "channels inside" if channels_inside else "", seed)
+    check_against_dense(fork_and_mask, fork_and_mask, x, dropped, everywhere, scale, seed)
 
 
 @pytest.mark.parametrize("operation", [fork_and_mask, mask_parts])
