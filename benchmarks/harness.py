@@ -192,6 +192,21 @@ def write(path: pathlib.Path, result: Mapping[str, Any]) -> None:
     partial.replace(path)
 
 
+def format_table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    """Columns of text aligned left, of numbers aligned right, None as a dash."""
+    cells = [list(header), *([("-" if cell is None else str(cell)) for cell in line] for line in lines)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    numeric = [all(row[column][:1] in "-0123456789" for row in cells[1:]) for column in range(len(header))]
+    text = [
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
 @contextlib.contextmanager
 def figure(path: pathlib.Path, *, rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 5)) -> Iterator[Any]:
     """Axes to draw on, as an array of (rows, columns); saved as a PNG on leaving."""

@@ -1,0 +1,181 @@
+"""A whole training step of R-Block beside plain training and beside everything one would use instead.
+
+    python benchmarks/bench_step.py                  # five networks, eager and compiled; about 50 minutes on two cores
+    python benchmarks/bench_step.py --quick          # one network, eager and compiled, small batch; under a minute
+    python benchmarks/bench_step.py --models resnet50 --modes eager --channels_last --autocast bfloat16
+    python benchmarks/bench_step.py --show benchmarks/results/step-cpu.json
+
+A step is forward, loss, backward and SGD with momentum. Compared: the plain network; timm's DropBlock2d behind the
+last two stages; the batch doubled at the input; two forwards with one joint loss (R-Drop's way); R-Block (BDropDML) at
+the last two stages and at all, and at the classifier's input (R-Drop's masks). All of a network are alive in one
+process and take their steps in turns; a ratio is taken within each round and its median and quartiles are shown.
+
+`FLOPs` is what torch.utils.flop_counter counts in forward and backward, over that of the plain network: the least that
+the method can cost where arithmetic is all that costs. `over bound` is the time over plain divided by it. `compiled` is
+torch.compile of the network (fullgraph), plain and all others alike; the loss and the optimizer stay eager.
+"""
+
+import argparse
+import contextlib
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from benchmarks import harness
+from benchmarks.methods import COLOURS, METHODS, competitor
+from benchmarks.models import MODELS, images_and_labels
+
+MODES = ("eager", "compiled")
+QUICK_MODELS = ("resnet18",)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = harness.command_line("step", __doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=None, help="networks (default all)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="eager, compiled (default both)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=None, help="beside plain (default all)")
+    parser.add_argument("--batch", type=int, default=None, help="images in a batch (default: each network's own)")
+    parser.add_argument("--channels_last", action="store_true", help="channels-last memory format, for all")
+    parser.add_argument("--autocast", choices=["bfloat16", "float16"], default=None, help="autocast to it, for all")
+    harness.run("step", parser, measure, table, draw, arguments)
+
+
+def measure(options: argparse.Namespace) -> list[harness.Row]:
+    """One row per network, mode and method."""
+    names = options.models or (QUICK_MODELS if options.quick else MODELS)
+    wanted = options.methods or (("two forwards", "R-Block, last two") if options.quick else METHODS)
+    methods = list(dict.fromkeys(["plain", *wanted]))
+    rounds = options.rounds or (3 if options.quick else 11)
+    rows = []
+    for name in names:
+        settings = MODELS[name]
+        batch = options.batch or (settings.quick_batch if options.quick else settings.batch)
+        for mode in options.modes:
+            steps = {method: Step(name, method, batch, options) for method in methods}
+            flops = {method: step.flops() for method, step in steps.items()}
+            if mode == "compiled":
+                torch._dynamo.reset()
+                for step in steps.values():
+                    step.compile()
+            seconds = harness.time_in_turns(steps, rounds, options.device)
+            for method in methods:
+                over_plain = harness.ratio(seconds[method], seconds["plain"])
+                bound = flops[method] / flops["plain"]
+                row = {
+                    "model": name,
+                    "mode": mode,
+                    "method": method,
+                    "batch": batch,
+                    "input_size": list(settings.input_size),
+                    "layout": "channels_last" if options.channels_last else "contiguous",
+                    "dtype": f"autocast {options.autocast}" if options.autocast else "float32",
+                    "seconds": harness.spread(seconds[method]),
+                    "over_plain": over_plain,
+                    "flops": flops[method],
+                    "flops_over_plain": bound,
+                    "over_bound": over_plain["median"] / bound,
+                }
+                if "two forwards" in methods:
+                    row["two_forwards_over"] = harness.ratio(seconds["two forwards"], seconds[method])
+                rows.append(row)
+            print(table(rows[-len(methods) :]), file=sys.stderr, flush=True)
+    return rows
+
+
+class Step:
+    """A training step of a network by one of METHODS; calling it trains once."""
+
+    def __init__(self, name: str, method: str, batch: int, options: argparse.Namespace) -> None:
+        torch.manual_seed(options.seed)
+        self.device = options.device
+        self.dtype = getattr(torch, options.autocast) if options.autocast else None
+        model, self.loss = competitor(name, method, options.device)
+        self.images, self.labels = images_and_labels(name, batch, options.device)
+        if options.channels_last:
+            model.to(memory_format=torch.channels_last)
+            self.images = self.images.to(memory_format=torch.channels_last)
+        self.model: Callable[[Tensor], Tensor] = model
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        # Scales the loss as one does in float16; does nothing otherwise.
+        self.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == torch.float16)
+
+    def compile(self) -> None:
+        """Compile the network, not the loss."""
+        self.model = torch.compile(self.model, fullgraph=True, dynamic=False)
+
+    def forward(self) -> Tensor:
+        """The loss of the batch."""
+        autocast: Any = torch.autocast(torch.device(self.device).type, self.dtype) if self.dtype else None
+        with autocast or contextlib.nullcontext():
+            return self.loss(self.model, self.images, self.labels)
+
+    def flops(self) -> int:
+        """Floating point operations of forward and backward, as torch counts them."""
+        with FlopCounterMode(display=False) as counter:
+            self.forward().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad()
+        return int(counter.get_total_flops())
+
+    def __call__(self) -> None:
+        """Train once."""
+        self.scaler.scale(self.forward()).backward()  # type: ignore[no-untyped-call]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+
+def table(rows: list[harness.Row]) -> str:
+    """One line per network, mode and method."""
+    header = ["model", "mode", "method", "batch", "seconds", "/ plain", "quartiles", "FLOPs", "over bound"]
+    lines = []
+    for row in rows:
+        over = row["over_plain"]
+        line = [row["model"], row["mode"], row["method"], row["batch"], f"{row['seconds']['median']:.3f}"]
+        line += [f"{over['median']:.3f}", "{:.3f}-{:.3f}".format(*over["quartiles"])]
+        line += [f"{row['flops_over_plain']:.3f}", f"{row['over_bound']:.3f}"]
+        if "two_forwards_over" in row:
+            line.append(f"{row['two_forwards_over']['median']:.2f}")
+        lines.append(line)
+    if any("two_forwards_over" in row for row in rows):
+        header.append("two forwards /")
+    return harness.format_table(header, lines)
+
+
+def draw(rows: list[harness.Row], path: pathlib.Path) -> None:
+    """Bars of the step over that of the plain network, the FLOP bound as a line across each, a panel per mode."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    width = 0.85 / len(methods)
+    with harness.figure(path, rows=len(modes), size=(2.4 + 2.1 * len(models), 1.2 + 3.4 * len(modes))) as axes:
+        for axis, mode in zip(axes[:, 0], modes, strict=True):
+            for row in [row for row in rows if row["mode"] == mode]:
+                x = models.index(row["model"]) + (methods.index(row["method"]) - (len(methods) - 1) / 2) * width
+                first = row["model"] == models[0] and mode == modes[0]
+                middle, (low, high) = row["over_plain"]["median"], row["over_plain"]["quartiles"]
+                label = row["method"] if first else None
+                axis.bar(x, middle, 0.92 * width, color=COLOURS[row["method"]], label=label)
+                axis.plot([x, x], [low, high], color="black", linewidth=1)
+                axis.text(
+                    x, max(middle, high) + 0.05, f"{middle:.2f}", ha="center", va="bottom", fontsize=7, rotation=90
+                )
+                bound = row["flops_over_plain"]
+                label = "FLOPs" if first and row["method"] == methods[-1] else None
+                axis.plot([x - width / 2, x + width / 2], [bound, bound], color="#c51b7d", linewidth=2, label=label)
+            axis.set_xticks(range(len(models)), models)
+            axis.set_ylim(0, 1.2 * max(row["over_plain"]["quartiles"][1] for row in rows))
+            axis.set_ylabel(f"{mode} step / plain's")
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0, 0].figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+
+
+if __name__ == "__main__":
+    main()
