@@ -106,6 +106,14 @@ class RBlock(nn.Module):
             mask for name in self.conversion.masks[position][1] if isinstance(mask := self.get_submodule(name), Mask)
         ]
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the masks alone, with the arguments of torch.compile; the network around them stays eager.
+
+        Masks of one shape share a graph, and a change of drop_prob keeps it. A compiled mask reads its map once.
+        """
+        for mask in self.children():
+            mask.compile(*args, **kwargs)
+
     def extra_repr(self) -> str:
         """What all masks share."""
         return f"method={self.conversion.method!r}, batch_norm={self.conversion.batch_norm!r}"

@@ -189,3 +189,28 @@ def test_compiled_training_on_images_of_another_size_gets_the_rate_asked_for(cal
             dropped = (run(torch.ones(2000, 16, 6, 4)) == 0).flatten(1).double().mean(1)
             both.append((dropped.mean().item(), dropped.var().item() / 2000))
         assert abs(both[0][0] - both[1][0]) < 4 * (both[0][1] + both[1][1]) ** 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_compiled_alone_make_one_graph_per_shape_over_a_schedule(backend):
+    torch.manual_seed(0)
+    model = apply_rblock(ConvNet(), ["stem", "body.0", "body.1"], input_size=(3, 16, 16)).train()
+    counter = CompileCounterWithBackend(backend)
+    model.rblock.compile(backend=counter, fullgraph=True)
+    images = torch.randn(8, 3, 16, 16)
+    for drop_prob in torch.linspace(0, 0.6, 100).tolist():
+        set_drop_prob(model, drop_prob)
+        model(images).sum().backward()
+    assert counter.frame_count == 3
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    # The network around the masks is not compiled, and a copy has masks that are not.
+    assert model._compiled_call_impl is None
+    assert all(mask._compiled_call_impl is None for mask in copy.deepcopy(model).rblock.children())
+
+
+def test_masks_compiled_alone_are_complementary():
+    model = apply_rblock(Maps(), "stage", drop_prob=0.5, input_size=(16, 9, 9)).train()
+    model.rblock.compile(fullgraph=True)
+    first, second = split_pair(model(torch.ones(32, 16, 9, 9)))
+    assert not ((first == 0) & (second == 0)).any()
+    assert ((first == 0) | (second == 0)).float().mean() == pytest.approx(0.5, abs=0.05)
