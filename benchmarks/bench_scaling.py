@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="compared with one (default 2)")
     parser.add_argument("--launches", type=int, default=2, help="of either process count, in turns (default 2)")
     parser.add_argument("--models", nargs="+", choices=[*CASES, *QUICK_CASES], help="default the first three")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds that a launch may take (default 300)")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds that a launch may take (default 600)")
     parser.add_argument(
         "--flops", type=float, default=40e12, help="predictions: FLOP/s that a GPU achieves, assumed (default 40e12)"
     )
@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
     if options.processes < 2:
         raise SystemExit(f"--processes {options.processes} is compared with one process; expected 2 or more")
     launches = 1 if options.quick else options.launches
-    rounds = options.rounds or (3 if options.quick else 5 * launches)
+    rounds = options.rounds or (3 if options.quick else 4 * launches)
     names = options.models or (QUICK_CASES if options.quick else CASES)
     cases = [describe_case(name, **(CASES | QUICK_CASES)[name]) for name in names]
     found: Found = {1: [], options.processes: []}
