@@ -41,7 +41,7 @@ def command_line(script: str, description: str | None) -> argparse.ArgumentParse
     )
     parser.add_argument("--quick", action="store_true", help="a small part in under a minute, to see that it works")
     parser.add_argument("--rounds", type=int, default=None, help="rounds that a median is taken over")
-    parser.add_argument("--threads", type=int, default=2, help="torch's threads on a CPU (default 2)")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads on a CPU (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, images and masks (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument(
