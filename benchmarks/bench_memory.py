@@ -1,6 +1,6 @@
 """Peak memory of a training step, by model and method, beside the least that two sub-models behind a fork can need.
 
-    python benchmarks/bench_memory.py                    # five networks, about five minutes on one core
+    python benchmarks/bench_memory.py                    # five networks, three to six minutes on one core
     python benchmarks/bench_memory.py --quick            # two of them on small batches, about 20 s, writes nothing
     python benchmarks/bench_memory.py --models resnet50 --batch 32 --device cuda
     python benchmarks/bench_memory.py --show benchmarks/results/memory-cpu.json
@@ -264,7 +264,8 @@ def draw(rows: list[harness.Row], path: pathlib.Path) -> None:
             first = row["model"] == models[0]
             height = row["peak"] / plain["peak"]
             axis.bar(x, height, 0.92 * width, color=colours[place], label=row["method"] if first else None)
-            axis.text(x, height + 0.03, f"{height:.2f}", ha="center", va="bottom", fontsize=7, rotation=90)
+            top = max(row["peak"], row.get("ideal_peak", 0)) / plain["peak"]
+            axis.text(x, top + 0.03, f"{height:.2f}", ha="center", va="bottom", fontsize=7, rotation=90)
             if "ideal_peak" in row:
                 ideal = row["ideal_peak"] / plain["peak"]
                 label = None if labelled else "ideal: behind the first site twice, all else once"
@@ -272,7 +273,7 @@ def draw(rows: list[harness.Row], path: pathlib.Path) -> None:
                 labelled = True
         axis.axhline(1, color="#4d4d4d", linewidth=0.6, zorder=0)
         names = [
-            f"{model}\n{row['batch']} x {'x'.join(map(str, row['input_size']))}\n{row['peak'] / 1e6:.0f} MB"
+            f"{model}\n{row['batch']} x {'x'.join(map(str, row['input_size']))}\nplain: {row['peak'] / 1e6:.0f} MB"
             for model in models
             for row in rows
             if row["model"] == model and row["method"] == "plain"
