@@ -9,6 +9,9 @@ from torch.utils import _pytree as pytree
 
 from rblock_fx.probe import Probe
 
+# What autograd calls F.relu, in place or not, and F.leaky_relu in place: they save their result and ask for its sign.
+SIGN_ONLY = ("ReluBackward0", "LeakyReluBackward1")
+
 
 def share_saved_maps(graph: fx.Graph, masks: Collection[fx.Node], converted: Probe) -> None:
     """Call `save_masked_only` behind each of these masks, in place.
@@ -33,9 +36,10 @@ def share_saved_maps(graph: fx.Graph, masks: Collection[fx.Node], converted: Pro
 def save_masked_only(x: Tensor, masked: Tensor) -> None:
     """Let the ReLU that gave x save `masked` for backward in place of x, which then need not be kept.
 
-    A ReLU saves its result, and asks of it in backward only where it is positive; the layer behind the mask saves the
-    masked map. Where a mask keeps, it scales by a positive number, so the one is positive where the other is; where it
-    drops, the gradient that arrives is zero. Gradients are the same, and one map is stored instead of two.
+    A ReLU (and a leaky one in place) saves its result, and asks of it in backward only where it is positive; the layer
+    behind the mask saves the masked map. Where a mask keeps, it scales by a positive number, so the one is positive
+    where the other is; where it drops, the gradient that arrives is zero. Gradients are the same, and one map is stored
+    instead of two.
 
     Nothing happens where x is no ReLU's, where its saved tensor belongs to other hooks (activation checkpointing,
     `save_on_cpu`), and under torch.compile, which decides by itself what to recompute.
@@ -45,7 +49,7 @@ def save_masked_only(x: Tensor, masked: Tensor) -> None:
     """
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.grad_fn is None:
         return
-    if x.grad_fn.name() != "ReluBackward0":
+    if x.grad_fn.name() not in SIGN_ONLY:
         return
     kept = masked.detach()
     version = kept._version
