@@ -1,22 +1,23 @@
 """Peak memory of a training step, by model and method, beside the least that two sub-models behind a fork can need.
 
-    python benchmarks/bench_memory.py                    # five networks, about five minutes on one core
+    python benchmarks/bench_memory.py                    # five networks, three to six minutes on one core
     python benchmarks/bench_memory.py --quick            # two of them on small batches, about 20 s, writes nothing
     python benchmarks/bench_memory.py --models resnet50 --batch 32 --device cuda
     python benchmarks/bench_memory.py --show benchmarks/results/memory-cpu.json
 
-A step is forward, loss, backward and SGD with momentum, whose buffers exist before it. Compared: the plain network; timm's
-DropBlock2d behind the last two stages; the batch doubled at the input, torch.cat([x, x]); two forwards with one joint
-loss (R-Drop's way); R-Block (BDropDML) at the last two stages and at all, and at the classifier's input (R-Drop's masks).
+A step is forward, loss, backward and SGD with momentum, whose buffers exist before it. Compared: the plain network;
+timm's DropBlock2d behind the last two stages; the batch doubled at the input, torch.cat([x, x]); two forwards with one
+joint loss (R-Drop's way); R-Block (BDropDML) at the last two stages and at all, and at the classifier's input (R-Drop's
+masks).
 
 Columns, in MB (1e6 bytes): `peak`, the most bytes of tensors that live at once; `allocator`, the same with what kernels
-allocate within themselves (on a CPU torch's profiler, on CUDA torch.cuda.max_memory_allocated); `saved`, what autograd
-saves for backward, each storage once, without parameters, buffers and images. For R-Block two bounds stand beside them,
-both of the plain network split at the first site: `ideal peak` is the plain network's own step replayed with everything
-made behind the site, in forward, loss and backward, counted twice, and all else (parameters, their gradients, momentum,
-images, the part before the site) once; `ideal saved` is what the part before the site saves plus twice what the part
-behind it saves. The map at the site counts once if the part before saves it, and twice if the part behind does.
-`peak / ideal` holds fixed memory on both sides; `activations / ideal` is saved over ideal saved, without any.
+allocate within themselves (on a CPU torch's profiler, on CUDA torch.cuda.max_memory_allocated); `activations`, what
+lives between forward and backward but did not before the step, which is what autograd has saved. For R-Block two ideals
+stand beside them, both of the plain network's own step, in which everything made behind the first site, in forward,
+loss and backward, is counted twice, and all else (parameters, their gradients, momentum, images, the part before the
+site) once: `ideal peak`, and `ideal act.`, which is the activations of the part before the site and twice those of the
+part behind it. The map at the site counts once if the part before saves it, and twice more if the part behind does.
+`peak / ideal` has fixed memory on both sides, `act. / ideal` has none.
 """
 
 import argparse
@@ -28,21 +29,22 @@ import sys
 from collections.abc import Callable
 from typing import Any, cast
 
-import timm.layers
 import torch
 import torch.nn.functional as F
+from timm.layers.drop import DropBlock2d
 from torch import Tensor, nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import harness
-from benchmarks.live_bytes import Life, LiveBytes, SavedBytes, allocator_peak, saved_bytes
+from benchmarks.live_bytes import Life, LiveBytes, SavingParts, allocator_peak
 from benchmarks.models import MODELS, build, images_and_labels
 from rblock_fx import RBlockLoss, apply_rblock
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 QUICK_MODELS = ("resnet18", "convnext_atto")
+QUICK_BATCH = 2
 SITES = {"R-Block, last two": "last two", "R-Block, all": "all", "R-Block, head": "head"}
 METHODS = ("plain", "DropBlock", "doubled input", "two forwards", *SITES)
 
@@ -63,13 +65,13 @@ def measure(options: argparse.Namespace) -> list[harness.Row]:
     rows = []
     for name in names:
         settings = MODELS[name]
-        batch = options.batch or (settings.quick_batch if options.quick else settings.batch)
+        batch = options.batch or (QUICK_BATCH if options.quick else settings.batch)
         ideals: dict[str, harness.Row] = {}
         for method in METHODS:
             torch.manual_seed(options.seed)
             step = Step(name, method, batch, options.device)
-            row = {"model": name, "method": method, "batch": batch, "input_size": list(settings.input_size)}
-            row |= step.measure()
+            row: harness.Row = {"model": name, "method": method, "batch": batch}
+            row |= {"input_size": list(settings.input_size), **step.measure()}
             if method in SITES:
                 site, is_head = step.first_site()
                 if site not in ideals:
@@ -101,7 +103,10 @@ class Step:
 
     def __call__(self, live: LiveBytes | None = None) -> None:
         """Train once, telling the recorder which part of the step runs."""
-        self.loss(self.model, self.images, self.labels).backward()  # type: ignore[no-untyped-call]
+        loss = self.loss(self.model, self.images, self.labels)
+        if live is not None:
+            live.forward_events = len(live.events)
+        loss.backward()  # type: ignore[no-untyped-call]
         if live is not None:
             gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
             for life in map(live.life_of, gradients):
@@ -111,26 +116,21 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def record(self) -> LiveBytes:
-        """One step under the recorder."""
+    def record(self, live: LiveBytes) -> None:
+        """Train once under the recorder."""
         gc.collect()
-        live = LiveBytes()
         live.add(self.fixed(), "fixed")
         live.part = "prefix"
         with live:
             self(live)
-        return live
 
     def measure(self) -> harness.Row:
-        """Bytes at the peak, at rest, and saved for backward."""
-        with saved_bytes(self.fixed()) as saved:
-            self.loss(self.model, self.images, self.labels)
-        total = saved.total()
-        del saved
-        live = self.record()
+        """Bytes at the peak, before the step, and kept between forward and backward."""
+        live = LiveBytes()
+        beyond = allocator_peak(lambda: self.record(live), self.device)
         rest = sum(life.size for life in live.lives if life.operation == "fixed")
-        allocator = rest + allocator_peak(self, self.device)
-        return {"peak": live.peak(), "allocator": allocator, "rest": rest, "saved": total}
+        kept = sum(life.size for life in live.alive_after(live.forward_events)) - rest
+        return {"peak": live.peak(), "allocator": rest + beyond, "rest": rest, "activations": kept}
 
     def first_site(self) -> tuple[str, bool]:
         """Path of the first module whose output is masked, or, for a head, whose input is."""
@@ -138,23 +138,20 @@ class Step:
         return site.path, site.is_head
 
     def ideal(self, site: str, is_head: bool) -> harness.Row:
-        """Peak and saved bytes of a plain step in which everything behind the site were there twice."""
+        """Peak and activations of a plain step in which everything behind the site were there twice."""
+        saving = SavingParts()
         maps: list[Tensor] = []
-        with saved_bytes(self.fixed()) as saved, _split(self.model, site, is_head, saved, maps):
+        hooks = torch.autograd.graph.saved_tensors_hooks(saving, lambda tensor: tensor)
+        with hooks, _split(self.model, site, is_head, saving, maps):
             self.loss(self.model, self.images, self.labels)
-        weight_of_map = saved.holds(maps[0], "prefix") + 2 * saved.holds(maps[0], "suffix")
-        row = {"ideal_saved": saved.total("prefix") + 2 * saved.total("suffix"), "prefix_saved": saved.total("prefix")}
-        del saved
+        weight_of_map = sum({"prefix": 1, "suffix": 2}[part] for part in saving.saving(maps[0]))
         maps.clear()
+        del saving
 
         parameters = {tuple(parameter.shape) for parameter in self.model.parameters()}
         live = LiveBytes()
         with _split(self.model, site, is_head, live, None):
-            gc.collect()
-            live.add(self.fixed(), "fixed")
-            live.part = "prefix"
-            with live:
-                self(live)
+            self.record(live)
 
         def weight(life: Life) -> int:
             if life.part == "map":
@@ -162,11 +159,14 @@ class Step:
             # Batch norm's statistics and the terms of a weight's gradient have no batch axis to be there twice.
             return 2 if life.part == "suffix" and life.shape not in parameters else 1
 
-        return row | {"ideal_peak": live.peak(weight)}
+        kept = sum(
+            weight(life) * life.size for life in live.alive_after(live.forward_events) if life.operation != "fixed"
+        )
+        return {"ideal_peak": live.peak(weight), "ideal_activations": kept}
 
 
 def _split(
-    model: nn.Module, site: str, is_head: bool, recorder: LiveBytes | SavedBytes, maps: list[Tensor] | None
+    model: nn.Module, site: str, is_head: bool, recorder: LiveBytes | SavingParts, maps: list[Tensor] | None
 ) -> "_Hook":
     """Tell the recorder where the network passes the site, forward and backward; keep the map where a list is given."""
 
@@ -178,7 +178,7 @@ def _split(
             if life is not None:
                 life.part = "map"
         recorder.part = "suffix"
-        site_map.register_hook(functools.partial(_back_in_prefix, recorder))
+        site_map.register_hook(functools.partial(_back_in_prefix, recorder))  # type: ignore[no-untyped-call]
 
     module = model.get_submodule(site)
     if is_head:
@@ -186,7 +186,7 @@ def _split(
     return _Hook(module.register_forward_hook(lambda _module, _args, output: passed(output)))
 
 
-def _back_in_prefix(recorder: LiveBytes | SavedBytes, _gradient: Tensor) -> None:
+def _back_in_prefix(recorder: LiveBytes | SavingParts, _gradient: Tensor) -> None:
     recorder.part = "prefix"
 
 
@@ -219,24 +219,24 @@ def competitor(name: str, method: str, device: str) -> tuple[nn.Module, Loss]:
         return model, lambda model, images, labels: criterion(torch.cat((model(images), model(images))), labels)
     if method == "DropBlock":
         for path in settings.last_two:
-            drop_block = timm.layers.DropBlock2d(0.2, block_size=3)
+            drop_block = DropBlock2d(0.2, block_size=3)
             model.get_submodule(path).register_forward_hook(lambda _m, _a, output, drop=drop_block: drop(output))
     return model, lambda model, images, labels: F.cross_entropy(model(images), labels)
 
 
 def table(rows: list[harness.Row]) -> str:
     """One line per network and method, in MB and ratios."""
-    header = ["model", "batch", "method", "peak", "allocator", "saved", "/ plain", "/ two forwards"]
-    header += ["ideal peak", "ideal saved", "peak / ideal", "activations / ideal"]
+    header = ["model", "batch", "method", "peak", "allocator", "activations", "/ plain", "/ two forwards"]
+    header += ["ideal peak", "ideal act.", "peak / ideal", "act. / ideal"]
     lines = [header]
     for row in rows:
         others = {other["method"]: other for other in rows if other["model"] == row["model"]}
         line = [row["model"], str(row["batch"]), row["method"]]
-        line += [f"{row[key] / 1e6:.1f}" for key in ("peak", "allocator", "saved")]
+        line += [f"{row[key] / 1e6:.1f}" for key in ("peak", "allocator", "activations")]
         line += [f"{row['peak'] / others[other]['peak']:.3f}" for other in ("plain", "two forwards")]
         if "ideal_peak" in row:
-            line += [f"{row[key] / 1e6:.1f}" for key in ("ideal_peak", "ideal_saved")]
-            line += [f"{row['peak'] / row['ideal_peak']:.4f}", f"{row['saved'] / row['ideal_saved']:.4f}"]
+            line += [f"{row[key] / 1e6:.1f}" for key in ("ideal_peak", "ideal_activations")]
+            line += [f"{row['peak'] / row['ideal_peak']:.4f}", f"{row['activations'] / row['ideal_activations']:.4f}"]
         lines.append(line + ["-"] * (len(header) - len(line)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     words = {0, 2}
@@ -264,7 +264,8 @@ def draw(rows: list[harness.Row], path: pathlib.Path) -> None:
             first = row["model"] == models[0]
             height = row["peak"] / plain["peak"]
             axis.bar(x, height, 0.92 * width, color=colours[place], label=row["method"] if first else None)
-            axis.text(x, height + 0.03, f"{height:.2f}", ha="center", va="bottom", fontsize=7, rotation=90)
+            top = max(row["peak"], row.get("ideal_peak", 0)) / plain["peak"]
+            axis.text(x, top + 0.03, f"{height:.2f}", ha="center", va="bottom", fontsize=7, rotation=90)
             if "ideal_peak" in row:
                 ideal = row["ideal_peak"] / plain["peak"]
                 label = None if labelled else "ideal: behind the first site twice, all else once"
@@ -272,7 +273,7 @@ def draw(rows: list[harness.Row], path: pathlib.Path) -> None:
                 labelled = True
         axis.axhline(1, color="#4d4d4d", linewidth=0.6, zorder=0)
         names = [
-            f"{model}\n{row['batch']} x {'x'.join(map(str, row['input_size']))}\n{row['peak'] / 1e6:.0f} MB"
+            f"{model}\n{row['batch']} x {'x'.join(map(str, row['input_size']))}\nplain: {row['peak'] / 1e6:.0f} MB"
             for model in models
             for row in rows
             if row["model"] == model and row["method"] == "plain"

@@ -1,14 +1,13 @@
-"""The instruments of `bench_memory.py`: which bytes of tensors live during a training step, and which autograd saves.
+"""The instruments of `bench_memory.py`: which tensors live during a training step, and which part of it saves them.
 
 `LiveBytes` sees every tensor that an operation gives, forward and backward, and when its storage dies; what a kernel
 allocates and frees within itself it does not see. `allocator_peak` sees that too: what the allocator handed out.
 """
 
-import contextlib
 import dataclasses
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,15 +34,26 @@ class Life:
     part: str
 
 
+Weight = Callable[[Life], int]
+
+
 class LiveBytes(TorchDispatchMode):
-    """Records the births and deaths of storages while it is active."""
+    """Records the births and deaths of storages while it is active.
+
+    Attributes:
+        part: the part of the step that runs; whoever runs it sets it.
+        lives: every storage seen.
+        events: births (+1) and deaths (-1) with the storage's place in `lives`, in order.
+        forward_events: how many of them there were when the forward, loss included, was done; set like `part`.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.part = "before"
         self.lives: list[Life] = []
-        self.events: list[tuple[int, int]] = []  # +1 or -1, and the place in lives
-        self._known: WeakIdKeyDictionary[Any, int] = WeakIdKeyDictionary()
+        self.events: list[tuple[int, int]] = []
+        self.forward_events = 0
+        self._known: Any = WeakIdKeyDictionary()
 
     def add(self, tensors: Iterable[Tensor], operation: str) -> None:
         """Take tensors that live already, or have just been made."""
@@ -62,7 +72,7 @@ class LiveBytes(TorchDispatchMode):
         place = self._known.get(tensor.untyped_storage())
         return None if place is None else self.lives[place]
 
-    def peak(self, weight: Callable[[Life], int] = lambda _life: 1) -> int:
+    def peak(self, weight: Weight = lambda _life: 1) -> int:
         """The most bytes that lived at once, each storage counted `weight` times."""
         alive = highest = 0
         for sign, place in self.events:
@@ -70,17 +80,12 @@ class LiveBytes(TorchDispatchMode):
             highest = max(highest, alive)
         return highest
 
-    def at_peak(self) -> list[Life]:
-        """The storages that lived at the peak, largest first."""
+    def alive_after(self, events: int) -> list[Life]:
+        """The storages that lived after so many events, largest first."""
         alive: set[int] = set()
-        size = highest = 0
-        then: set[int] = set()
-        for sign, place in self.events:
-            size += sign * self.lives[place].size
+        for sign, place in self.events[:events]:
             (alive.add if sign > 0 else alive.discard)(place)
-            if size > highest:
-                highest, then = size, set(alive)
-        return sorted((self.lives[place] for place in then), key=lambda life: -life.size)
+        return sorted((self.lives[place] for place in alive), key=lambda life: -life.size)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -88,43 +93,22 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-class SavedBytes:
-    """Collects what autograd saves for backward, each storage once, by the part of the forward that saves it."""
+class SavingParts:
+    """Notes which part of the forward saves a tensor for backward; a pack hook of saved_tensors_hooks."""
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self) -> None:
         self.part = "prefix"
-        self._tensors: list[Tensor] = []  # which also keeps their addresses from being used again
-        self._ignored = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self._sizes: dict[str, dict[int, int]] = {"prefix": {}, "suffix": {}}
+        self._saved: list[tuple[str, Tensor]] = []  # the tensors, so that no address is used again
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Pack hook of torch.autograd.graph.saved_tensors_hooks."""
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._ignored:
-            self._tensors.append(tensor.detach())
-            self._sizes[self.part][storage.data_ptr()] = storage.nbytes()
+        """Note a tensor, and pack it as it is, without its graph."""
+        self._saved.append((self.part, tensor.detach()))
         return tensor.detach()
 
-    def __contains__(self, tensor: Tensor) -> bool:
-        return any(self.holds(tensor, part) for part in self._sizes)
-
-    def holds(self, tensor: Tensor, part: str) -> bool:
-        """Whether a part saves this tensor's storage."""
-        return tensor.untyped_storage().data_ptr() in self._sizes[part]
-
-    def total(self, part: str | None = None) -> int:
-        """Bytes that a part saves; by default both, what both save counted once."""
-        if part is not None:
-            return sum(self._sizes[part].values())
-        return sum((self._sizes["prefix"] | self._sizes["suffix"]).values())
-
-
-@contextlib.contextmanager
-def saved_bytes(known: Iterable[Tensor]) -> Iterator[SavedBytes]:
-    """Collect what is saved for backward in the block; the graph made there cannot be run backward."""
-    saved = SavedBytes(known)
-    with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
-        yield saved
+    def saving(self, tensor: Tensor) -> set[str]:
+        """The parts that save this tensor's storage."""
+        address = tensor.untyped_storage().data_ptr()
+        return {part for part, saved in self._saved if saved.untyped_storage().data_ptr() == address}
 
 
 def allocator_peak(call: Callable[[], object], device: str) -> int:

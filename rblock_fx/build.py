@@ -16,6 +16,7 @@ from rblock_fx.errors import ConversionError, first_line
 from rblock_fx.fork import Fork, fork_batch, insert_masks
 from rblock_fx.probe import Growths, Probe, operations_of, run_graph
 from rblock_fx.settings import Settings, one_per_site
+from rblock_fx.sharing import share_saved_maps
 from rblock_fx.stages import Site, containers_of
 from rblock_fx.survey import Shape, Survey
 from rblock_fx.trace import Record, Trace, trace_ancestors
@@ -70,6 +71,7 @@ def build(
     converted = _try_out(trace, replica, input_size, plain, parts=settings.mask_class.parts)
     cost = _flops(trace, converted, plain) / (sum(plain.flops.values()) or 1)
     keep_checkpointing(trace, replica)
+    share_saved_maps(trace.graph, [call for call, path in calls.items() if path not in fork.forking], converted)
     code = trace.graph.python_code("self")
     forward = TrainingForward(code.src, code.globals, trace.specialised)
     try:

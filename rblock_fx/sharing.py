@@ -1,0 +1,73 @@
+"""Storing a masked map once: a ReLU in front of a mask saves what the mask gives instead of what itself gave."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from rblock_fx.probe import Probe
+
+# What autograd calls F.relu, in place or not, and F.leaky_relu in place: they save their result and ask for its sign.
+SIGN_ONLY = ("ReluBackward0", "LeakyReluBackward1")
+
+
+def share_saved_maps(graph: fx.Graph, masks: Collection[fx.Node], converted: Probe) -> None:
+    """Call `save_masked_only` behind each of these masks, in place.
+
+    Not where the masked map is changed in place later on, or is given to the caller, who may change it: the ReLU would
+    need it as it was.
+
+    Args:
+        graph: the graph.
+        masks: the calls of the masks behind the fork. One that forks gives another number of rows than the ReLU.
+        converted: a run of the graph.
+    """
+    given = [leaf for leaf in pytree.tree_leaves(converted.output) if isinstance(leaf, Tensor)]
+    for mask in masks:
+        masked = converted.values[mask]
+        if mask in converted.changed_later or any(_is_same_memory(masked, leaf) for leaf in given):
+            continue
+        with graph.inserting_after(mask):
+            graph.call_function(save_masked_only, (mask.args[0], mask))
+
+
+def save_masked_only(x: Tensor, masked: Tensor) -> None:
+    """Let the ReLU that gave x save `masked` for backward in place of x, which then need not be kept.
+
+    A ReLU (and a leaky one in place) saves its result, and asks of it in backward only where it is positive; the layer
+    behind the mask saves the masked map. Where a mask keeps, it scales by a positive number, so the one is positive
+    where the other is; where it drops, the gradient that arrives is zero. Gradients are the same, and one map is stored
+    instead of two.
+
+    Nothing happens where x is no ReLU's, where its saved tensor belongs to other hooks (activation checkpointing,
+    `save_on_cpu`), and under torch.compile, which decides by itself what to recompute.
+
+    Raises:
+        RuntimeError: in backward, if the masked map was changed in place after the mask.
+    """
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.grad_fn is None:
+        return
+    if x.grad_fn.name() not in SIGN_ONLY:
+        return
+    kept = masked.detach()
+    version = kept._version
+
+    def unpack(_nothing: None) -> Tensor:
+        if kept._version != version:
+            raise RuntimeError(
+                f"a masked map of shape {tuple(kept.shape)}, which a ReLU needs for its backward, was changed in place "
+                "after the forward; change a copy, e.g. x.clone()"
+            )
+        return kept
+
+    saved: Any = x.grad_fn._raw_saved_result  # type: ignore[attr-defined]
+    try:
+        saved.register_hooks(lambda _x: None, unpack)
+    except RuntimeError:
+        return
+
+
+def _is_same_memory(first: Tensor, second: Tensor) -> bool:
+    return first.untyped_storage() is second.untyped_storage()
