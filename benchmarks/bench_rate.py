@@ -89,14 +89,15 @@ def draw_until(draw: Callable[[], Tensor], activations: int, target: float) -> R
 
 def drop_block(library: str, drop_prob: float, block_size: int, shape: Shape) -> nn.Module:
     """Make each library's own DropBlock, for maps of one channel."""
+    module: nn.Module
     if library == "timm":
-        module: nn.Module = timm_drop.DropBlock2d(drop_prob=drop_prob, block_size=block_size)
-        return module
-    if library == "torchvision":
+        module = timm_drop.DropBlock2d(drop_prob=drop_prob, block_size=block_size)
+    elif library == "torchvision":
         module = torchvision.ops.drop_block.DropBlock2d(p=drop_prob, block_size=block_size)
-        return module
-    calibration = next(name for name, label in OURS.items() if label == library)
-    return METHODS["dropblock"](drop_prob, block_size, calibration, (1, *shape), channel_axis=1, forks=False)
+    else:
+        calibration = next(name for name, label in OURS.items() if label == library)
+        module = METHODS["dropblock"](drop_prob, block_size, calibration, (1, *shape), channel_axis=1, forks=False)
+    return module
 
 
 def measure_cell(library: str, shape: Shape, block_size: int, drop_prob: float, target: float, device: str) -> Row:
