@@ -35,50 +35,19 @@ from rblock_fx import apply_rblock, describe, remove_rblock
 
 ResultT = TypeVar("ResultT")
 
-MODELS = (
-    *("timm/test_resnet", "timm/resnet18", "timm/resnet50", "timm/resnet152", "timm/resnetv2_50", "timm/seresnet50"),
-    *("timm/lcnet_050", "timm/mobilenetv3_small_050", "timm/mobilenetv3_large_100", "timm/ghostnetv3_130"),
-    *("timm/mobilenetv4_conv_medium", "timm/efficientnet_b0", "timm/efficientnet_b7", "timm/efficientnetv2_m"),
-    *(
-        "timm/fbnetv3_g",
-        "timm/mnasnet_100",
-        "timm/tinynet_e",
-        "timm/repvgg_b0",
-        "timm/mobileone_s1",
-        "timm/fastvit_sa12",
-    ),
-    *(
-        "timm/convnext_atto",
-        "timm/convnext_base",
-        "timm/convnext_xlarge",
-        "timm/convnextv2_nano",
-        "timm/edgenext_small",
-    ),
-    *("timm/densenet121", "timm/densenet264d", "timm/dla34", "timm/dpn92", "timm/hrnet_w18_small", "timm/hrnet_w32"),
-    *(
-        "timm/inception_v4",
-        "timm/nasnetalarge",
-        "timm/pnasnet5large",
-        "timm/xception41",
-        "timm/nfnet_f0",
-        "timm/vovnet39a",
-    ),
-    *(
-        "timm/regnety_002",
-        "timm/regnety_160",
-        "timm/swin_tiny_patch4_window7_224",
-        "timm/swin_large_patch4_window7_224",
-    ),
-    *("timm/pvt_v2_b0", "timm/pvt_v2_b5", "timm/maxvit_tiny_rw_224", "timm/efficientvit_b3", "timm/mambaout_tiny"),
-    *("torchvision/vgg16_bn", "torchvision/resnet50", "torchvision/googlenet", "torchvision/inception_v3"),
-    *(
-        "torchvision/densenet201",
-        "torchvision/wide_resnet101_2",
-        "torchvision/deeplabv3_resnet50",
-        "torchvision/r3d_18",
-    ),
-    *("torchvision/squeezenet1_0", "torchvision/shufflenet_v2_x1_0"),
-)
+NAMES = """
+    timm/test_resnet timm/resnet18 timm/resnet50 timm/resnet152 timm/resnetv2_50 timm/seresnet50 timm/lcnet_050
+    timm/mobilenetv3_small_050 timm/mobilenetv3_large_100 timm/ghostnetv3_130 timm/mobilenetv4_conv_medium
+    timm/efficientnet_b0 timm/efficientnet_b7 timm/fbnetv3_g timm/mnasnet_100 timm/tinynet_e timm/repvgg_b0
+    timm/fastvit_sa12 timm/convnext_atto timm/convnext_base timm/convnext_xlarge timm/edgenext_small
+    timm/densenet121 timm/dla34 timm/dpn92 timm/hrnet_w18_small timm/hrnet_w32 timm/inception_v4
+    timm/nasnetalarge timm/pnasnet5large timm/xception41 timm/nfnet_f0 timm/vovnet39a timm/regnety_002
+    timm/regnety_160 timm/swin_tiny_patch4_window7_224 timm/pvt_v2_b0 timm/pvt_v2_b5 timm/maxvit_tiny_rw_224
+    timm/efficientvit_b3 timm/mambaout_tiny torchvision/vgg16_bn torchvision/resnet50 torchvision/googlenet
+    torchvision/inception_v3 torchvision/densenet201 torchvision/wide_resnet101_2 torchvision/deeplabv3_resnet50
+    torchvision/r3d_18 torchvision/squeezenet1_0 torchvision/shufflenet_v2_x1_0
+    """
+MODELS = tuple(NAMES.split())
 QUICK_MODELS = ("timm/test_resnet", "timm/resnet18", "timm/mobilenetv3_small_050", "torchvision/googlenet")
 COLD = ("timm/resnet50", "timm/hrnet_w32", "torchvision/googlenet")
 META = ("timm/resnet50", "timm/convnext_base", "timm/pvt_v2_b5", "timm/nasnetalarge")
@@ -216,7 +185,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
     """All kinds of rows."""
     warnings.simplefilter("ignore")
     quick = options.quick
-    rounds = options.rounds or (2 if quick else 3)
+    rounds = options.rounds or (1 if quick else 3)
     names = options.models or (QUICK_MODELS if quick else MODELS)
     # Cold first: those processes import what this one has imported, while nothing else runs.
     rows = [measure_cold(name) for name in (("timm/resnet18",) if quick else COLD)]

@@ -158,12 +158,13 @@ def scatter(axis: Any, models: list[Row], size: str, colour: str, bounds: Sequen
     axis.plot(ends, [factor * end**exponent for end in ends], "--", color="crimson", label=fitted)
     axis.axhline(BUDGET, color="grey", linewidth=0.8, linestyle=":", label=f"{BUDGET:g} s")
     by_time = sorted(models, key=lambda row: median(row, "convert"))
-    for row in {id(row): row for row in [*by_time[:1], *by_time[-6:]]}.values():
-        left = row[size] > math.sqrt(min(x) * max(x))
-        place_of = (row[size], median(row, "convert"))
-        offset, side = ((-6, 0), "right") if left else ((6, 0), "left")
+    named = {id(row): row for row in [*by_time[:1], *by_time[-6:]]}.values()
+    for number, row in enumerate(sorted(named, key=lambda row: float(row[size]))):
+        above = number % 2 == 0  # so that neighbours do not write over each other
+        point, offset = (row[size], median(row, "convert")), (0, 5 if above else -5)
+        side = "bottom" if above else "top"
         name = row["name"].split("/")[1]
-        axis.annotate(name, place_of, offset, textcoords="offset points", ha=side, va="center", fontsize=8)
+        axis.annotate(name, point, offset, textcoords="offset points", ha="center", va=side, fontsize=8)
     axis.set_title(f"{len(models)} models against their {size}")
     finish(axis, size)
 
