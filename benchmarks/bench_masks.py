@@ -21,9 +21,9 @@ import sys
 import time
 from collections.abc import Callable
 
-import timm.layers
 import torch
 import torchvision.ops
+from timm.layers.drop import DropBlock2d
 from torch import Tensor
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
@@ -122,7 +122,7 @@ def competitors(shape: Shape, x: Tensor) -> dict[str, Callable[[Tensor], Tensor]
     spatial = spatial.to(torch.float32)
     dense = ((1 - channel.float() * spatial) * scale).to(x.dtype)
     compiled = torch.compile(fork_and_mask, fullgraph=True, dynamic=False)
-    timm_block = timm.layers.DropBlock2d(DROP_PROB, BLOCK_SIZE)
+    timm_block = DropBlock2d(DROP_PROB, BLOCK_SIZE)
     torchvision_block = torchvision.ops.DropBlock2d(DROP_PROB, BLOCK_SIZE)
     return {
         "cat": lambda x: torch.cat([x, x]),
@@ -176,7 +176,7 @@ def draw(rows: list[harness.Row], path: pathlib.Path) -> None:
             axis.axhline(1, color="#c51b7d", linewidth=1, label="torch.cat, the floor")
             axis.set_yscale("log")
             axis.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
-            labels = ["{0} x {1} x {2}x{3}".format(*row["shape"]) for row in chosen]
+            labels = ["{} x {} x {}x{}".format(*row["shape"]) for row in chosen]
             axis.set_xticks(range(len(chosen)), labels, rotation=90, fontsize=7)
             axis.set_ylabel(f"{dtype}: forward + backward / torch.cat's")
             axis.spines[["top", "right"]].set_visible(False)

@@ -26,27 +26,20 @@ import gc
 import os
 import pathlib
 import sys
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from timm.layers.drop import DropBlock2d
 from torch import Tensor, nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import harness
 from benchmarks.live_bytes import Life, LiveBytes, SavingParts, allocator_peak
-from benchmarks.models import MODELS, build, images_and_labels
-from rblock_fx import RBlockLoss, apply_rblock
-
-Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+from benchmarks.methods import COLOURS, METHODS, SITES, competitor
+from benchmarks.models import MODELS, images_and_labels
 
 QUICK_MODELS = ("resnet18", "convnext_atto")
 QUICK_BATCH = 2
-SITES = {"R-Block, last two": "last two", "R-Block, all": "all", "R-Block, head": "head"}
-METHODS = ("plain", "DropBlock", "doubled input", "two forwards", *SITES)
 
 
 def main() -> None:
@@ -203,27 +196,6 @@ class _Hook:
         self.handle.remove()
 
 
-def competitor(name: str, method: str, device: str) -> tuple[nn.Module, Loss]:
-    """The network of a method, and its loss of a batch."""
-    settings = MODELS[name]
-    model = build(name).to(device)
-    criterion = RBlockLoss(alpha=0.1, temperature=3.0)
-    if method in SITES:
-        sites = {"last two": list(settings.last_two)}.get(SITES[method], SITES[method])
-        kind = "r-drop" if sites == "head" else "bdropdml"
-        apply_rblock(model, sites, method=kind, drop_prob=0.2, block_size=3, input_size=settings.input_size)
-        return model, lambda model, images, labels: criterion(model(images), labels)
-    if method == "doubled input":
-        return model, lambda model, images, labels: criterion(model(torch.cat((images, images))), labels)
-    if method == "two forwards":
-        return model, lambda model, images, labels: criterion(torch.cat((model(images), model(images))), labels)
-    if method == "DropBlock":
-        for path in settings.last_two:
-            drop_block = DropBlock2d(0.2, block_size=3)
-            model.get_submodule(path).register_forward_hook(lambda _m, _a, output, drop=drop_block: drop(output))
-    return model, lambda model, images, labels: F.cross_entropy(model(images), labels)
-
-
 def table(rows: list[harness.Row]) -> str:
     """One line per network and method, in MB and ratios."""
     header = ["model", "batch", "method", "peak", "allocator", "activations", "/ plain", "/ two forwards"]
@@ -252,7 +224,7 @@ def table(rows: list[harness.Row]) -> str:
 def draw(rows: list[harness.Row], path: pathlib.Path) -> None:
     """Grouped bars of the peak over that of the plain network, and for R-Block the ideal as a line across the bar."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    colours = ["#4d4d4d", "#999999", "#e08214", "#b35806", "#2166ac", "#4393c3", "#92c5de"]
+
     width = 0.85 / len(METHODS)
     with harness.figure(path, size=(2.4 + 2.1 * len(models), 5)) as axes:
         (axis,) = axes[0]
@@ -263,7 +235,7 @@ def draw(rows: list[harness.Row], path: pathlib.Path) -> None:
             x = models.index(row["model"]) + (place - (len(METHODS) - 1) / 2) * width
             first = row["model"] == models[0]
             height = row["peak"] / plain["peak"]
-            axis.bar(x, height, 0.92 * width, color=colours[place], label=row["method"] if first else None)
+            axis.bar(x, height, 0.92 * width, color=COLOURS[row["method"]], label=row["method"] if first else None)
             top = max(row["peak"], row.get("ideal_peak", 0)) / plain["peak"]
             axis.text(x, top + 0.03, f"{height:.2f}", ha="center", va="bottom", fontsize=7, rotation=90)
             if "ideal_peak" in row:

@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import harness
+from benchmarks.counters import count_flops
 from benchmarks.methods import COLOURS, METHODS, competitor
 from benchmarks.models import MODELS, images_and_labels
 
@@ -119,10 +119,9 @@ class Step:
 
     def flops(self) -> int:
         """Floating point operations of forward and backward, as torch counts them."""
-        with FlopCounterMode(display=False) as counter:
-            self.forward().backward()  # type: ignore[no-untyped-call]
+        flops = count_flops(lambda: self.forward().backward())  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad()
-        return int(counter.get_total_flops())
+        return flops
 
     def __call__(self) -> None:
         """Train once."""

@@ -1,5 +1,6 @@
 """What a training step of a model costs, counted: FLOPs by torch's counter, and bytes saved for backward."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,12 +10,18 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 def training_flops(model: nn.Module, images: Tensor) -> int:
     """FLOPs of one forward and backward, loss not counted."""
+    flops = count_flops(lambda: model(images).sum().backward())
+    model.zero_grad()
+    return flops
+
+
+def count_flops(call: Callable[[], object]) -> int:
+    """FLOPs of what is called, of matrix products and convolutions, as torch counts them."""
     counter = FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}
     )
     with counter:
-        model(images).sum().backward()
-    model.zero_grad()
+        call()
     return int(counter.get_total_flops())
 
 

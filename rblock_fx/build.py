@@ -71,7 +71,8 @@ def build(
     converted = _try_out(trace, replica, input_size, plain, parts=settings.mask_class.parts)
     cost = _flops(trace, converted, plain) / (sum(plain.flops.values()) or 1)
     keep_checkpointing(trace, replica)
-    share_saved_maps(trace.graph, [call for call, path in calls.items() if path not in fork.forking], converted)
+    behind_fork = [call for call, path in calls.items() if path not in fork.forking]
+    share_saved_maps(trace.graph, behind_fork, plain, converted, replica)
     code = trace.graph.python_code("self")
     forward = TrainingForward(code.src, code.globals, trace.specialised)
     try:

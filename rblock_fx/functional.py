@@ -109,13 +109,18 @@ def _in_one_expression(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tenso
 def _chunk_by_chunk(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor, operation: Operation) -> Tensor:
     """Without a compiler: a few samples at a time, so that their masks stay in the cache."""
     channels_inside = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-    x = x.movedim(1, -1) if channels_inside else x.contiguous()
+    order = (0, *range(2, x.dim()), 1) if channels_inside else tuple(range(x.dim()))
     parts, rows = scale.shape[:2]
-    source = x.view(1 if operation == "fork" else parts, rows, math.prod(x.shape[1:]))
-    result = x.new_empty((1 if operation == "join" else parts, rows, *x.shape[1:]))
-    target = result.view(len(result), *source.shape[1:])
+    # Not a view, which autograd would not let be changed in place.
+    result = torch.empty_permuted(
+        (rows if operation == "join" else parts * rows, *x.shape[1:]), order, dtype=x.dtype, device=x.device
+    )
+    x = x.permute(order).contiguous()
+    elements = math.prod(x.shape[1:])
+    source = x.view(1 if operation == "fork" else parts, rows, elements)
+    target = result.permute(order).view(1 if operation == "join" else parts, rows, elements)
     scale = scale.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
-    step = max((_CPU_CHUNK if x.device.type == "cpu" else _CHUNK) // max(source.shape[2], 1), 1)
+    step = max((_CPU_CHUNK if x.device.type == "cpu" else _CHUNK) // max(elements, 1), 1)
     if channel.dim() == 3 or math.prod(channel.shape[3:]) > 1:
         masks = _masks_of_activations(channel.movedim(2, -1) if channels_inside else channel, scale, step)
     else:
@@ -128,8 +133,7 @@ def _chunk_by_chunk(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor, 
         else:
             for part, mask in enumerate(masks_here):
                 _sum_of_products(_part(xs, part)[None], [mask], outs[part])
-    result = result.flatten(0, 1)
-    return result.movedim(-1, 1) if channels_inside else result
+    return result
 
 
 def _sum_of_products(xs: Tensor, masks: Iterable[Callable[[], Tensor]], out: Tensor) -> None:

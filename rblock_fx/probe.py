@@ -32,6 +32,7 @@ class Probe:
         batch_norm_rows: how many rows each batch norm saw in each of its calls, by its path.
         output: what the graph gave.
         operations: what was computed of the input; nothing where another run was known.
+        used_within: the nodes whose module computed something else of the very tensor that it gave; likewise.
     """
 
     values: dict[fx.Node, Any]
@@ -41,6 +42,7 @@ class Probe:
     batch_norm_rows: dict[str, list[int]]
     output: Any
     operations: list[str]
+    used_within: frozenset[fx.Node]
 
 
 def operations_of(replica: nn.Module, input_size: Shape) -> list[str]:
@@ -62,15 +64,23 @@ def run_graph(graph: fx.Graph, replica: nn.Module, input_size: Shape, known: Pro
         input_size: shape of one sample.
         known: a run of the graph as it was before it was changed; what has not changed is taken from there.
     """
-    recording = _Recording(replica, graph)
     computed = _Computed()
+    recording = _Recording(replica, graph, computed)
     compared = computed if known is None else contextlib.nullcontext()
     with dry_run(), _batch_norm_rows(replica) as rows, recording.counter, compared:
         x = meta_batch(replica, PROBE_ROWS[0], input_size)
         computed.follow(x)
         output = recording.run(x, initial_env=None if known is None else _unchanged(graph, known))
-    changed = recording.changed_later()
-    return Probe(recording.values, recording.summaries, recording.flops, changed, rows, output, computed.operations)
+    return Probe(
+        recording.values,
+        recording.summaries,
+        recording.flops,
+        recording.changed_later(),
+        rows,
+        output,
+        computed.operations,
+        frozenset(recording.used_within),
+    )
 
 
 def _unchanged(graph: fx.Graph, known: Probe) -> dict[fx.Node, Any]:
@@ -89,13 +99,20 @@ class _Computed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[str] = []
         self._followed: dict[int, Tensor] = {}  # which also keeps their ids from being used again
+        self._read: set[tuple[int, int]] = set()
 
     def follow(self, tensor: Tensor) -> None:
         """Take a tensor for one that depends on the input."""
         self._followed[id(tensor)] = tensor
 
+    def has_read(self, tensor: Tensor) -> bool:
+        """Whether an operation took the tensor as it is now."""
+        return (id(tensor), tensor._version) in self._read
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        depends = any(id(tensor) in self._followed for tensor in tensors_in((args, kwargs)))
+        followed = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in self._followed]
+        self._read.update((id(tensor), tensor._version) for tensor in followed)
+        depends = bool(followed)
         result = func(*args, **(kwargs or {}))
         if depends:
             results = tensors_in(result)
@@ -134,8 +151,10 @@ class Growths:
 class _Recording(fx.Interpreter):
     """Runs a graph and keeps what each node gives; on the meta device that holds no memory."""
 
-    def __init__(self, replica: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, replica: nn.Module, graph: fx.Graph, computed: _Computed | None = None) -> None:
         super().__init__(replica, garbage_collect_values=False, graph=graph)
+        self.computed = computed
+        self.used_within: set[fx.Node] = set()
         self.counter = FlopCounter()
         self.values: dict[fx.Node, Any] = {}
         self.summaries: dict[fx.Node, Any] = {}
@@ -150,6 +169,8 @@ class _Recording(fx.Interpreter):
         self.flops[n] = self.counter.flops - flops_before
         if isinstance(value, Tensor):
             self.versions[n] = (value, value._version)
+            if self.computed is not None and self.computed.has_read(value):
+                self.used_within.add(n)
         return value
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:

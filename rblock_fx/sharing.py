@@ -1,10 +1,12 @@
 """Storing a masked map once: a ReLU in front of a mask saves what the mask gives instead of what itself gave."""
 
+import operator
 from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn.modules import module
 from torch.utils import _pytree as pytree
 
 from rblock_fx.probe import Probe
@@ -13,43 +15,62 @@ from rblock_fx.probe import Probe
 SIGN_ONLY = ("ReluBackward0", "LeakyReluBackward1")
 
 
-def share_saved_maps(graph: fx.Graph, masks: Collection[fx.Node], converted: Probe) -> None:
+def share_saved_maps(
+    graph: fx.Graph, masks: Collection[fx.Node], plain: Probe, converted: Probe, replica: nn.Module
+) -> None:
     """Call `save_masked_only` behind each of these masks, in place.
 
     Not where the masked map is changed in place later on, or is given to the caller, who may change it: the ReLU would
-    need it as it was.
+    need it as it was. And not where the mask is not all that uses the ReLU's map, so that a gradient comes in from
+    elsewhere: another node, the module that gave it, or an attribute in which a module keeps it.
 
     Args:
         graph: the graph.
         masks: the calls of the masks behind the fork. One that forks gives another number of rows than the ReLU.
+        plain: a run of the graph without masks.
         converted: a run of the graph.
+        replica: the copy of the model that ran.
     """
     given = [leaf for leaf in pytree.tree_leaves(converted.output) if isinstance(leaf, Tensor)]
+    kept = {id(value) for part in replica.modules() for value in vars(part).values() if isinstance(value, Tensor)}
     for mask in masks:
+        (x,) = mask.all_input_nodes
         masked = converted.values[mask]
         if mask in converted.changed_later or any(_is_same_memory(masked, leaf) for leaf in given):
             continue
+        if set(x.users) != {mask} or x in plain.used_within or id(converted.values[x]) in kept:
+            continue
+        giver = x.args[0] if x.target is operator.getitem else x
         with graph.inserting_after(mask):
-            graph.call_function(save_masked_only, (mask.args[0], mask))
+            call = graph.call_function(save_masked_only, (x, mask))
+        if isinstance(giver, fx.Node) and giver.op == "call_module":
+            with graph.inserting_before(call):
+                call.args = (x, mask, graph.get_attr(str(giver.target)))
 
 
-def save_masked_only(x: Tensor, masked: Tensor) -> None:
+def save_masked_only(x: Tensor, masked: Tensor, giver: nn.Module | None = None) -> None:
     """Let the ReLU that gave x save `masked` for backward in place of x, which then need not be kept.
 
     A ReLU (and a leaky one in place) saves its result, and asks of it in backward only where it is positive; the layer
     behind the mask saves the masked map. Where a mask keeps, it scales by a positive number, so the one is positive
-    where the other is; where it drops, the gradient that arrives is zero. Gradients are the same, and one map is stored
-    instead of two.
+    where the other is; where it drops, the gradient that arrives is zero, if all of it comes through the mask. So the
+    gradients are the same, and one map is stored instead of two.
 
-    Nothing happens where x is no ReLU's, where its saved tensor belongs to other hooks (activation checkpointing,
-    `save_on_cpu`), and under torch.compile, which decides by itself what to recompute.
+    Nothing happens where x is no ReLU's; where the module that gave it, or one inside, has hooks, which may use x too;
+    where its saved tensor belongs to other hooks (activation checkpointing, `save_on_cpu`); and under torch.compile,
+    which decides by itself what to recompute.
+
+    Args:
+        x: the map, (2N, C, *S).
+        masked: the same, masked.
+        giver: the module whose output x is.
 
     Raises:
         RuntimeError: in backward, if the masked map was changed in place after the mask.
     """
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.grad_fn is None:
         return
-    if x.grad_fn.name() not in SIGN_ONLY:
+    if x.grad_fn.name() not in SIGN_ONLY or _has_hooks(giver):
         return
     kept = masked.detach()
     version = kept._version
@@ -71,3 +92,9 @@ def save_masked_only(x: Tensor, masked: Tensor) -> None:
 
 def _is_same_memory(first: Tensor, second: Tensor) -> bool:
     return first.untyped_storage() is second.untyped_storage()
+
+
+def _has_hooks(giver: nn.Module | None) -> bool:
+    if module._global_forward_hooks:
+        return True
+    return giver is not None and any(inner._forward_hooks for inner in giver.modules())

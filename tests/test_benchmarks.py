@@ -12,9 +12,14 @@ import matplotlib.image
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["rate", "convert"]
+SCRIPTS = ["rate", "convert", "masks", "step"]
 SHARED_OPTIONS = ["--help", "--quick", "--rounds", "--threads", "--seed", "--device", "--output", "--show"]
-OPTIONS = {"rate": ["--standard-error"], "convert": ["--models"]}
+OPTIONS = {
+    "rate": ["--standard-error"],
+    "convert": ["--models"],
+    "masks": ["--dtypes", "--channels_last"],
+    "step": ["--models", "--modes", "--methods", "--batch", "--channels_last", "--autocast"],
+}
 
 
 def run(script, *arguments):

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from rblock_fx import apply_rblock
 from rblock_fx.functional import _in_one_expression, dilate, fork_and_mask, kept_scale, mask_parts
+from rblock_fx.masks import BDropDML
 from tests.oracles import Maps, recorded_masks
 
 seeds = st.integers(0, 2**31)
@@ -137,6 +138,19 @@ def test_the_memory_format_stays(memory_format):
     assert output.is_contiguous(memory_format=memory_format)
     output.backward(torch.ones_like(output))
     torch.testing.assert_close(output.double(), torch.cat((x, x)).double() * dense(channel, spatial, scale))
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("forks", [True, False])
+@pytest.mark.parametrize("channel_axis", [1, -1])
+def test_what_comes_out_may_be_changed_in_place(memory_format, forks, channel_axis):
+    mask = BDropDML(0.2, 3, "exact", (8, 8, 8), channel_axis, forks=forks)
+    x = torch.randn(4, 8, 8, 8).to(memory_format=memory_format).requires_grad_()
+    gradients = []
+    for change in (torch.relu_, torch.relu):
+        torch.manual_seed(0)
+        gradients += torch.autograd.grad(change(mask(x)).sum(), x)
+    assert torch.equal(*gradients)
 
 
 def test_backward_keeps_the_factors_and_no_mask():

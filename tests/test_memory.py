@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks import bench_memory, models
 from benchmarks.live_bytes import LiveBytes, allocator_peak
-from rblock_fx import apply_rblock, describe
+from rblock_fx import apply_rblock, describe, sharing
 from rblock_fx.masks import BDropDML
 from rblock_fx.sharing import save_masked_only
 
@@ -284,6 +284,40 @@ class GivesItsMaps(ThreeStages):
         return self.c(x).mean((2, 3)), x.flatten(2)
 
 
+class UsesItsMapWithin(ThreeStages):
+    """Stage b gives its map and, beside it, something computed of it."""
+
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.side = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            x = self.conv(x).relu()
+            return [x, self.side(x)]
+
+    def __init__(self):
+        super().__init__()
+        self.b = self.Branching()
+
+    def forward(self, x):
+        first, second = self.b(self.a(x))
+        return self.c(first + second).mean((2, 3))
+
+
+class KeepsItsMap(ThreeStages):
+    """Stage b keeps its map, for a loss of someone else's."""
+
+    class Keeping(nn.Sequential):
+        def forward(self, x):
+            self.last = super().forward(x)
+            return self.last
+
+    def __init__(self):
+        super().__init__()
+        self.b = self.Keeping(*self.b)
+
+
 @pytest.mark.parametrize(
     ("network", "sites", "shared"),
     [
@@ -292,6 +326,7 @@ class GivesItsMaps(ThreeStages):
         (ThreeStages, ["b"], []),
         (ChangedInPlace, ["a", "b"], []),
         (GivesItsMaps, ["a", "b"], []),
+        (KeepsItsMap, ["a", "b"], []),
     ],
 )
 def test_maps_behind_the_fork_are_shared_where_nothing_can_change_them(network, sites, shared):
@@ -299,10 +334,34 @@ def test_maps_behind_the_fork_are_shared_where_nothing_can_change_them(network, 
     code = describe(model).code
     assert code.count(SHARED) == len(shared)
     for path in shared:
-        assert f"{SHARED}{path}, rblock_{path})" in code
+        assert f"{SHARED}{path}, rblock_{path}, " in code
     output = model(torch.randn(2, 3, 16, 16))
     (output if isinstance(output, torch.Tensor) else output[0] * output[1].sum()).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_map_that_its_module_uses_within_is_not_shared():
+    code = describe(apply_rblock(UsesItsMapWithin(), ["a", "b"], input_size=(3, 16, 16))).code
+    # The other item, which is no ReLU's, may be.
+    assert code.count(SHARED) == 1
+    assert f"{SHARED}getitem_1, rblock_b_map1, " in code
+
+
+def test_a_loss_on_the_map_that_a_hook_sees_gets_its_gradient(monkeypatch):
+    """As feature distillation does it: the hook sees the map before the mask."""
+    torch.manual_seed(0)
+    model = apply_rblock(ThreeStages(), ["a", "b"], input_size=(3, 16, 16), drop_prob=0.6)
+    seen = []
+    model.b[1].register_forward_hook(lambda _module, _args, output: seen.append(output))
+    torch.manual_seed(1)
+    (model(torch.randn(2, 3, 16, 16)).sum() + seen[0].square().sum()).backward()
+    gradient = model.b[0].weight.grad
+    torch.manual_seed(1)
+    x = torch.randn(2, 3, 16, 16)
+    model.zero_grad()
+    monkeypatch.setattr(sharing, "SIGN_ONLY", ())
+    (model(x).sum() + seen[1].square().sum()).backward()
+    assert torch.equal(gradient, model.b[0].weight.grad)
 
 
 def test_the_benchmark_runs(tmp_path):
