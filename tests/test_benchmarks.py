@@ -11,6 +11,8 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from benchmarks import readme
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["rate", "convert", "masks", "step"]
 SHARED_OPTIONS = ["--help", "--quick", "--rounds", "--threads", "--seed", "--device", "--output", "--show"]
@@ -194,3 +196,13 @@ def test_the_exponent_of_a_power_law_is_found(monkeypatch):
     factor, exponent = report.power_law([1, 2, 4, 8], [0.5 * x**0.75 for x in (1, 2, 4, 8)])
     assert factor == pytest.approx(0.5)
     assert exponent == pytest.approx(0.75)
+
+
+def test_the_readme_shows_the_result_files():
+    text = readme.README.read_text()
+    assert readme.fill(text, list(readme.TABLES)) == text
+    for name in readme.TABLES:
+        assert f"python benchmarks/bench_{name}.py" in text
+        environment = json.loads((readme.RESULTS / f"{name}-cpu.json").read_text())["environment"]
+        assert environment["versions"]["torch"]
+        assert (readme.RESULTS / f"{name}-cpu.png").stat().st_size > 10_000

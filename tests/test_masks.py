@@ -3,9 +3,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from rblock_fx import apply_rblock, set_drop_prob, split_pair
 from rblock_fx.coverage import coverage
+from rblock_fx.functional import _chunk_by_chunk
 from rblock_fx.masks import METHODS, Mask
 from tests.oracles import Maps, opened
 
@@ -222,3 +224,23 @@ def test_gamma_is_float32_whatever_torchs_default_is():
         torch.set_default_dtype(torch.float32)
     assert model.rblock.stage.gamma.dtype == torch.float32
     assert output.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rows", [1, 64])
+def test_no_value_is_read_on_the_host(method, rows):
+    """On a GPU that would wait for everything before it; a fake tensor raises where its value is asked for."""
+    kind = METHODS[method]
+    with FakeTensorMode():
+        mask = kind(0.2, 3, "exact", (64, 9, 9), 1, forks=kind.parts == 2)
+        mask.rate, mask.gamma = torch.empty((), device="cuda"), torch.empty((), device="cuda")
+        x = torch.empty(rows, 64, 9, 9, device="cuda")
+        masked = mask(x)
+        factors = mask.draw(rows, 64, (9, 9), x.device)
+        scale = mask.scale(*factors).expand(kind.parts, rows, 1, 1, 1)
+        joined = _chunk_by_chunk(masked, factors[0], factors[1].float(), scale, "join")
+        assert masked.shape == (kind.parts * rows, 64, 9, 9)
+        assert joined.shape == x.shape
+        assert masked.device == joined.device == torch.device("cuda", 0)
+        with pytest.raises(DataDependentOutputException):
+            masked.sum().item()
