@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = harness.command_line("masks", __doc__)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of x (default both)")
     parser.add_argument("--channels_last", action="store_true", help="x in channels-last memory format")
-    harness.run("masks", parser, measure, table, draw, arguments)
+    harness.run("masks", parser, measure, table, draw, arguments, key=("dtype", "shape", "layout"))
 
 
 def shapes(quick: bool) -> list[Shape]:

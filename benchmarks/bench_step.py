@@ -2,6 +2,7 @@
 
     python benchmarks/bench_step.py                  # five networks, eager and compiled; about 50 minutes on two cores
     python benchmarks/bench_step.py --quick          # one network, eager and compiled, small batch; under a minute
+    python benchmarks/bench_step.py --models resnet50 --modes compiled --keep        # add to what the file has
     python benchmarks/bench_step.py --models resnet50 --modes eager --channels_last --autocast bfloat16
     python benchmarks/bench_step.py --show benchmarks/results/step-cpu.json
 
@@ -45,7 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=None, help="images in a batch (default: each network's own)")
     parser.add_argument("--channels_last", action="store_true", help="channels-last memory format, for all")
     parser.add_argument("--autocast", choices=["bfloat16", "float16"], default=None, help="autocast to it, for all")
-    harness.run("step", parser, measure, table, draw, arguments)
+    harness.run(
+        "step", parser, measure, table, draw, arguments, key=("model", "mode", "method", "batch", "layout", "dtype")
+    )
 
 
 def measure(options: argparse.Namespace) -> list[harness.Row]:

@@ -62,8 +62,14 @@ def run(
     table: Callable[[list[Row]], str],
     draw: Callable[[list[Row], pathlib.Path], None],
     arguments: Sequence[str] | None = None,
+    key: Sequence[str] = (),
 ) -> None:
-    """Measure (or read what was measured), write the JSON, and make the table and the picture from it."""
+    """Measure (or read what was measured), write the JSON, and make the table and the picture from it.
+
+    Where `key` names what tells rows apart, --keep adds to the rows that the file has already.
+    """
+    if key:
+        parser.add_argument("--keep", action="store_true", help="keep the file's rows that this run does not replace")
     options = parser.parse_args(arguments)
     if options.show is not None:
         result = json.loads(options.show.read_text())
@@ -83,6 +89,8 @@ def run(
         path = options.output
         if path is None and not options.quick:
             path = RESULTS / f"{script}-{device_name(options.device)}.json"
+        if key and options.keep and path is not None and path.exists():
+            result = _with_rows_of(json.loads(path.read_text()), result, key)
         if path is not None:
             write(path, result)
             result = json.loads(path.read_text())
@@ -90,6 +98,14 @@ def run(
     if path is not None:
         draw(result["rows"], path.with_suffix(".png"))
         print(f"\n{path}\n{path.with_suffix('.png')}")
+
+
+def _with_rows_of(earlier: Row, result: Row, key: Sequence[str]) -> Row:
+    """Add the rows of an earlier run, and say how and where that one was made."""
+    new = [[row[name] for name in key] for row in result["rows"]]
+    kept = [row for row in earlier["rows"] if [row[name] for name in key] not in new]
+    run = {name: earlier[name] for name in ("command", "environment", "seconds")}
+    return result | {"earlier_runs": [*earlier.get("earlier_runs", []), run], "rows": kept + result["rows"]}
 
 
 def environment(options: argparse.Namespace) -> Row:

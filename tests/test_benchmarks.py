@@ -10,8 +10,9 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+import torch
 
-from benchmarks import readme
+from benchmarks import harness, readme
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["rate", "convert", "masks", "step"]
@@ -206,3 +207,22 @@ def test_the_readme_shows_the_result_files():
         environment = json.loads((readme.RESULTS / f"{name}-cpu.json").read_text())["environment"]
         assert environment["versions"]["torch"]
         assert (readme.RESULTS / f"{name}-cpu.png").stat().st_size > 10_000
+
+
+def test_kept_rows_are_those_that_were_not_measured_anew(tmp_path):
+    path = tmp_path / "steps.json"
+    for model, seconds in [("a", 1), ("b", 2), ("a", 3)]:
+        parser = harness.command_line("steps", None)
+        rows = [{"model": model, "seconds": seconds}]
+        harness.run(
+            "steps",
+            parser,
+            lambda _options, rows=rows: rows,
+            lambda rows: f"{len(rows)} rows",
+            lambda _rows, path: path.write_bytes(b""),
+            ["--keep", "--threads", str(torch.get_num_threads()), "--output", str(path)],
+            key=["model"],
+        )
+    result = json.loads(path.read_text())
+    assert result["rows"] == [{"model": "b", "seconds": 2}, {"model": "a", "seconds": 3}]
+    assert [run["environment"]["versions"]["torch"] for run in result["earlier_runs"]] == [torch.__version__] * 2
