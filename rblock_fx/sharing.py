@@ -33,12 +33,13 @@ def share_saved_maps(
     """
     given = [leaf for leaf in pytree.tree_leaves(converted.output) if isinstance(leaf, Tensor)]
     kept = {id(value) for part in replica.modules() for value in vars(part).values() if isinstance(value, Tensor)}
+    values = plain.values | converted.values  # what lies before the first mask has not run again
     for mask in masks:
         (x,) = mask.all_input_nodes
-        masked = converted.values[mask]
+        masked = values[mask]
         if mask in converted.changed_later or any(_is_same_memory(masked, leaf) for leaf in given):
             continue
-        if set(x.users) != {mask} or x in plain.used_within or id(converted.values[x]) in kept:
+        if set(x.users) != {mask} or x in plain.used_within or id(values[x]) in kept:
             continue
         giver = x.args[0] if x.target is operator.getitem else x
         with graph.inserting_after(mask):
