@@ -1,6 +1,6 @@
 """Fork-and-mask, forward and backward, beside its floor and beside what people use, over maps and channels.
 
-    python benchmarks/bench_masks.py                 # the grid in float32 and bfloat16; about 20 minutes on two cores
+    python benchmarks/bench_masks.py                 # the grid in float32 and bfloat16; about ten minutes on two cores
     python benchmarks/bench_masks.py --quick         # two small maps; under a minute
     python benchmarks/bench_masks.py --show benchmarks/results/masks-cpu.json
 
@@ -34,8 +34,8 @@ from rblock_fx.masks import METHODS
 
 DROP_PROB, BLOCK_SIZE = 0.2, 3
 MAPS, CHANNELS = (7, 14, 28, 56, 112), (16, 64, 256, 1024, 2048)
-# Elements of x: one that a cache holds, and one that a step of a real network has.
-ELEMENTS = (1 << 18, 1 << 22)
+# Elements of x: as a step of a real network has them, and (in float32, with some numbers of channels) as a cache holds.
+LARGE, SMALL, SMALL_CHANNELS = 1 << 22, 1 << 18, (16, 256, 2048)
 # The three maps of design.md, of CIFAR networks and of resnet50.
 NAMED = ((128, 64, 32, 32), (128, 256, 8, 8), (32, 1024, 14, 14))
 COMPETITORS = {
@@ -58,15 +58,16 @@ def main(arguments: list[str] | None = None) -> None:
     harness.run("masks", parser, measure, table, draw, arguments, key=("dtype", "shape", "layout"))
 
 
-def shapes(quick: bool) -> list[Shape]:
+def shapes(quick: bool, dtype: str) -> list[Shape]:
     """Shapes (N, C, H, W): as many samples as come nearest to the wanted number of elements, at most 256."""
     if quick:
         return [(4, 64, 14, 14), (2, 256, 7, 7)]
+    sizes = [(LARGE, CHANNELS), *([(SMALL, SMALL_CHANNELS)] if dtype == "float32" else [])]
     grid = [
         (min(elements // (channels * side * side), 256), channels, side, side)
-        for elements in ELEMENTS
+        for elements, all_channels in sizes
         for side in MAPS
-        for channels in CHANNELS
+        for channels in all_channels
         if channels * side * side <= elements
     ]
     return [*NAMED, *dict.fromkeys(grid)]
@@ -76,7 +77,7 @@ def measure(options: argparse.Namespace) -> list[harness.Row]:
     """One row per shape and dtype."""
     rows = []
     for dtype in options.dtypes:
-        for shape in shapes(options.quick):
+        for shape in shapes(options.quick, dtype):
             rows.append(measure_shape(shape, dtype, options))
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     return rows
@@ -95,7 +96,7 @@ def measure_shape(shape: Shape, dtype: str, options: argparse.Namespace) -> harn
     started = time.perf_counter()
     calls["op, compiled"]()
     compile_seconds = time.perf_counter() - started
-    rounds = options.rounds or (5 if options.quick else 15)
+    rounds = options.rounds or (5 if options.quick else 11)
     seconds = harness.time_in_turns(calls, rounds, options.device)
     middle = {name: harness.spread(values)["median"] for name, values in seconds.items()}
     saved = middle["op"] - middle["op, compiled"]
