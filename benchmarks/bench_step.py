@@ -166,10 +166,9 @@ def draw(rows: list[harness.Row], path: pathlib.Path) -> None:
                 label = row["method"] if first else None
                 axis.bar(x, middle, 0.92 * width, color=COLOURS[row["method"]], label=label)
                 axis.plot([x, x], [low, high], color="black", linewidth=1)
-                axis.text(
-                    x, max(middle, high) + 0.05, f"{middle:.2f}", ha="center", va="bottom", fontsize=7, rotation=90
-                )
                 bound = row["flops_over_plain"]
+                top = max(middle, high, bound) + 0.05
+                axis.text(x, top, f"{middle:.2f}", ha="center", va="bottom", fontsize=7, rotation=90)
                 label = "FLOPs" if first and row["method"] == methods[-1] else None
                 axis.plot([x - width / 2, x + width / 2], [bound, bound], color="#c51b7d", linewidth=2, label=label)
             axis.set_xticks(range(len(models)), models)
