@@ -33,13 +33,15 @@ def steps() -> str:
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "plain"))
     cells = {(row["model"], row["mode"], row["method"]): row for row in rows}
     lines = [
-        [f"{model}, {mode}", *(_step(cells[model, mode, method]) for method in methods)]
+        [f"{model}, {mode}", *(_step(cells.get((model, mode, method))) for method in methods)]
         for model, mode in dict.fromkeys((row["model"], row["mode"]) for row in rows)
     ]
     return markdown(["step / plain's (/ FLOP bound)", *methods], lines)
 
 
-def _step(row: Row) -> str:
+def _step(row: Row | None) -> str:
+    if row is None:
+        return "not run"
     return f"{row['over_plain']['median']:.2f} ({row['over_bound']:.2f})"
 
 

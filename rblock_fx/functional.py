@@ -92,9 +92,13 @@ class _Mask(torch.autograd.Function):
 def _in_one_expression(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor, operation: Operation) -> Tensor:
     """What a compiler fuses to one loop over x, which reads it once; in float32, rounded once to the dtype of x.
 
-    Written with one expression per part, since a broadcast over parts is a loop over parts outside, which reads x anew.
+    Where parts share x, or a sum of them is wanted, there is one expression for each, since a broadcast over parts is a
+    loop over parts outside, which reads anew what they share.
     """
     parts, rows = scale.shape[:2]
+    if operation == "keep":
+        masks = torch.where(channel, 1 - spatial, 1.0) * scale
+        return (x.reshape(parts, rows, *x.shape[1:]) * masks).flatten(0, 1).to(x.dtype)
     sources = (x,) * parts if operation == "fork" else x.split(rows)  # type: ignore[no-untyped-call]
     products = [
         source * (torch.where(_part(channel, part), 1 - _part(spatial, part), 1.0) * scale[part])
