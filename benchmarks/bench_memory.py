@@ -200,25 +200,17 @@ def table(rows: list[harness.Row]) -> str:
     """One line per network and method, in MB and ratios."""
     header = ["model", "batch", "method", "peak", "allocator", "activations", "/ plain", "/ two forwards"]
     header += ["ideal peak", "ideal act.", "peak / ideal", "act. / ideal"]
-    lines = [header]
+    lines = []
     for row in rows:
         others = {other["method"]: other for other in rows if other["model"] == row["model"]}
-        line = [row["model"], str(row["batch"]), row["method"]]
+        line = [row["model"], row["batch"], row["method"]]
         line += [f"{row[key] / 1e6:.1f}" for key in ("peak", "allocator", "activations")]
         line += [f"{row['peak'] / others[other]['peak']:.3f}" for other in ("plain", "two forwards")]
         if "ideal_peak" in row:
             line += [f"{row[key] / 1e6:.1f}" for key in ("ideal_peak", "ideal_activations")]
             line += [f"{row['peak'] / row['ideal_peak']:.4f}", f"{row['activations'] / row['ideal_activations']:.4f}"]
-        lines.append(line + ["-"] * (len(header) - len(line)))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    words = {0, 2}
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column in words else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+        lines.append(line + [None] * (len(header) - len(line)))
+    return harness.format_table(header, lines)
 
 
 def draw(rows: list[harness.Row], path: pathlib.Path) -> None:

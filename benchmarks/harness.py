@@ -110,17 +110,8 @@ def _with_rows_of(earlier: Row, result: Row, key: Sequence[str]) -> Row:
 
 def environment(options: argparse.Namespace) -> Row:
     """Versions, machine, threads and every option: what one needs to repeat the run."""
-    import timm
-    import torchvision
-
     return {
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-            "rblock_fx": rblock_fx.__version__,
-        },
+        "versions": versions(),
         "commit": commit(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
@@ -130,6 +121,20 @@ def environment(options: argparse.Namespace) -> Row:
         "options": {
             name: str(value) if isinstance(value, pathlib.Path) else value for name, value in vars(options).items()
         },
+    }
+
+
+def versions() -> Row:
+    """Of Python and of all that the figures depend on."""
+    import timm
+    import torchvision
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "rblock_fx": rblock_fx.__version__,
     }
 
 

@@ -95,8 +95,8 @@ def rates() -> str:
         errors = [abs(row["reached"] - row["asked"]) for row in cells if row["raises"] is None]
         near = sum(error <= 0.002 for error in errors)
         raising = len(cells) - len(errors)
-        lines.append([library, f"{near} of {len(cells)}", f"{statistics.median(errors):.4f}", f"{max(errors):.4f}"])
-        lines[-1].append(str(raising))
+        middle, largest = statistics.median(errors), max(errors)
+        lines.append([library, f"{near} of {len(cells)}", f"{middle:.4f}", f"{largest:.4f}", str(raising)])
     return markdown(["drop rate", "within 0.002", "median error", "largest error", "raises"], lines)
 
 

@@ -26,7 +26,18 @@ def split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
 
 def _measured_tables(rows: list[Row]) -> list[str]:
     many = str(rows[0]["processes"])
-    scaling = format_table(
+    return [
+        f"Steps on 1 -> {many} processes of {rows[0]['threads']} thread(s), the same batch on each. Efficiency is the "
+        f"step on one process over that on {many}.\n\n{_efficiencies(rows, many)}",
+        "Cost model, predicted by list_sites alone beside counted, both over plain training; of plain training, "
+        "measured: communication k\nand update u over compute, and what "
+        f"{many} processes that share nothing take beside one.\n\n{_inputs_of_the_model(rows)}",
+        f"Step ratios, predicted beside measured.\n\n{_predictions(rows)}",
+    ]
+
+
+def _efficiencies(rows: list[Row], many: str) -> str:
+    return format_table(
         ("model", "sites", "plain s", "R-Block s", f"ratio, 1 [quartiles], {many}", "", "efficiency plain", "R-Block",
          "R-Block / plain"),
         [
@@ -44,7 +55,10 @@ def _measured_tables(rows: list[Row]) -> list[str]:
             for row in rows
         ],
     )  # fmt: skip
-    counts = format_table(
+
+
+def _inputs_of_the_model(rows: list[Row]) -> str:
+    return format_table(
         ("model", "sites", "FLOP ratio", "bounds", "counted", "activations", "counted", "gradient MB", "k", "u",
          "contention"),
         [
@@ -64,7 +78,10 @@ def _measured_tables(rows: list[Row]) -> list[str]:
             for row in rows
         ],
     )  # fmt: skip
-    checks = format_table(
+
+
+def _predictions(rows: list[Row]) -> str:
+    return format_table(
         ("model", "sites", "prediction", "predicted", "measured", "error"),
         [
             (
@@ -79,14 +96,6 @@ def _measured_tables(rows: list[Row]) -> list[str]:
             for name, check in row["predictions"].items()
         ],
     )
-    return [
-        f"Steps on 1 -> {many} processes of {rows[0]['threads']} thread(s), the same batch on each. Efficiency is the "
-        f"step on one process over that on {many}.\n\n{scaling}",
-        "Cost model, predicted by list_sites alone beside counted, both over plain training; of plain training, "
-        "measured: communication k\nand update u over compute, and what "
-        f"{many} processes that share nothing take beside one.\n\n{counts}",
-        f"Step ratios, predicted beside measured.\n\n{checks}",
-    ]
 
 
 def _predicted_table(rows: list[Row]) -> str:

@@ -15,7 +15,6 @@ names.
 """
 
 import argparse
-import collections
 import copy
 import fnmatch
 import functools
@@ -24,9 +23,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import platform
-import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -34,20 +30,17 @@ from typing import Any
 
 import timm
 import torch
-import torchvision
 from timm.models import _registry
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torchvision.models import get_model_builder, list_models
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from benchmarks.harness import commit
+from benchmarks.zoo_report import LINES, read_lines, report
 from rblock_fx import RBlockError, apply_rblock, describe, list_sites, set_drop_prob, split_pair
 from rblock_fx.dry_run import dry_run
-
-ROOT = pathlib.Path(__file__).parent.parent
-LINES = ROOT / "benchmarks" / "results" / "zoo.jsonl"
-SUMMARY = ROOT / "benchmarks" / "results" / "zoo.json"
-README = ROOT / "README.md"
-MARKS = ("<!-- zoo: begin -->\n", "<!-- zoo: end -->")
 
 # Parts of models that are refused whole, and the images that they take.
 PARTS: dict[str, tuple[int, ...]] = {
@@ -115,7 +108,7 @@ def build_without_weights(name: str) -> nn.Module:
 
 def examine(name: str, largest: float) -> dict[str, Any]:
     """Everything about one architecture; never raises."""
-    line: dict[str, Any] = {"name": name, "family": family_of(name), "commit": _commit()}
+    line: dict[str, Any] = {"name": name, "family": family_of(name), "commit": commit() or "unknown"}
     try:
         model = build_without_weights(name)
         line["parameters"] = sum(p.numel() for p in model.parameters())
@@ -127,15 +120,6 @@ def examine(name: str, largest: float) -> dict[str, Any]:
     except Exception as error:
         line |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:1000]}
     return line
-
-
-@functools.cache
-def _commit() -> str:
-    """The commit that is measured, with a mark where files have been changed since."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip() or "unknown"
 
 
 def _has_maps(model: nn.Module) -> bool | None:
@@ -305,7 +289,7 @@ def _backward(model: nn.Module, leaves: list[Tensor]) -> set[str]:
 def run(only: str, workers: int, largest: float) -> None:
     """Examine what has no line yet."""
     LINES.parent.mkdir(exist_ok=True)
-    done = {line["name"] for line in _read_lines()}
+    done = {line["name"] for line in read_lines()}
     missing = [name for name in all_names() if fnmatch.fnmatch(name, only) and name not in done]
     print(f"{len(done)} done, {len(missing)} to do")
     context = multiprocessing.get_context("spawn")
@@ -325,115 +309,6 @@ def _quiet() -> None:
     torch.set_num_threads(1)
 
 
-def _read_lines() -> list[dict[str, Any]]:
-    if not LINES.exists():
-        return []
-    return [json.loads(text) for text in LINES.read_text().splitlines() if text.strip()]
-
-
-def report(write_readme: bool) -> None:
-    """Write the summary from the lines, and the table from the summary."""
-    known = {line["name"]: line for line in _read_lines()}
-    missing = [name for name in all_names() if name not in known]
-    if missing:
-        sys.exit(f"{len(missing)} architectures have no line yet, e.g. {missing[:3]}: python benchmarks/zoo.py run")
-    summary = summarise([known[name] for name in all_names()])
-    lines = ",\n".join(json.dumps(line) for line in summary["architectures"])
-    text = json.dumps({**summary, "architectures": []}, indent=1)
-    SUMMARY.write_text(text.replace('"architectures": []', f'"architectures": [\n{lines}\n]') + "\n")
-    print(json.dumps({key: value for key, value in summary.items() if key != "architectures"}, indent=1))
-    table = markdown_table(summary["architectures"])
-    print(table)
-    if write_readme:
-        before, _, rest = README.read_text().partition(MARKS[0])
-        _, _, after = rest.partition(MARKS[1])
-        README.write_text(before + MARKS[0] + table + MARKS[1] + after)
-
-
-def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts over all architectures, versions and machine, and the lines themselves."""
-    converted = [line for line in lines if line["status"] == "converted"]
-    numbers = [line["numbers"] for line in converted if "numbers" in line]
-    small = sorted(line["seconds"] for line in converted if line["parameters"] <= 100e6)
-    checks = ("eval_equal", "keys_equal", "rows_doubled", "halves_differ", "gradients_equal", "gradients_finite")
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-        },
-        "commits": dict(collections.Counter(line["commit"] for line in lines)),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "architectures_tried": len(lines),
-        "timm": len([line for line in lines if line["name"].startswith("timm/")]),
-        "timm_with_maps": len([line for line in lines if line["maps"]]),
-        "timm_with_maps_converted": len([line for line in converted if line["maps"]]),
-        "status": dict(collections.Counter(line["status"] for line in lines)),
-        "refusals": _refusals(lines),
-        "early_forks": {line["name"]: line["early_fork_reason"] for line in converted if line["early_fork_reason"]},
-        "keys_equal": sum(line["keys_equal"] for line in converted),
-        "conversion_seconds_up_to_100M_parameters": {
-            "architectures": len(small),
-            "median": statistics.median(small),
-            "95th_percentile": small[int(0.95 * len(small))],
-            "largest": small[-1],
-            "above_one_second": [
-                f"{line['name']}: {line['seconds']}"
-                for line in converted
-                if line["seconds"] > 1 and line["parameters"] <= 100e6
-            ],
-        },
-        "listing_seconds_largest": max(line["seconds_listing"] for line in converted),
-        "with_weights": {
-            "architectures": len(numbers),
-            **{check: sum(number[check] for number in numbers) for check in checks},
-            "undropped_error_up_to_1e-4": sum(_undropped(number) <= 1e-4 for number in numbers),
-            "exceptions": {
-                line["name"]: line["numbers"]
-                for line in converted
-                if "numbers" in line
-                and not (all(line["numbers"][check] for check in checks) and _undropped(line["numbers"]) <= 1e-4)
-            },
-        },
-        "architectures": lines,
-    }
-
-
-def _undropped(number: dict[str, Any]) -> float:
-    """The error, in double precision where single is not enough."""
-    return number.get("undropped_error_float64", number["undropped_error"])
-
-
-def _refusals(lines: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """The names of what is refused, by the reason without names and numbers of the model."""
-    reasons: dict[str, list[str]] = collections.defaultdict(list)
-    for line in lines:
-        if line["status"] == "refused":
-            text = line["error"]
-            reason = "no stage with a feature map" if "has no stage" in text else " ".join(text.split(" ")[2:14])
-            reasons[reason].append(line["name"])
-    return dict(reasons)
-
-
-def markdown_table(lines: list[dict[str, Any]]) -> str:
-    """One row per family."""
-    families: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
-    for line in lines:
-        families[line["family"]].append(line)
-    rows = ["| family | tried | converted | with weights | cost | seconds |", "|---|---|---|---|---|---|"]
-    for family in sorted(families):
-        members = families[family]
-        converted = [line for line in members if line["status"] == "converted"]
-        costs = [line["cost"] for line in converted]
-        seconds = [line["seconds"] for line in converted]
-        rows.append(
-            f"| {family} | {len(members)} | {len(converted)} | {sum('numbers' in line for line in converted)} | "
-            + (f"{min(costs):.2f}-{max(costs):.2f} | {statistics.median(seconds):.2f} |" if converted else "- | - |")
-        )
-    return "\n".join(rows) + "\n"
-
-
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -448,7 +323,7 @@ def main() -> None:
     if options.command == "run":
         run(options.only, options.workers, options.largest)
     else:
-        report(options.readme)
+        report(all_names(), options.readme)
 
 
 if __name__ == "__main__":

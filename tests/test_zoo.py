@@ -5,9 +5,9 @@ import json
 import pytest
 import timm
 
-from benchmarks import zoo
+from benchmarks import zoo, zoo_report
 
-SUMMARY = json.loads(zoo.SUMMARY.read_text())
+SUMMARY = json.loads(zoo_report.SUMMARY.read_text())
 FAMILIES_CONVERTED, FAMILIES_REFUSED = 112, 37
 CHECKS = ("eval_equal", "keys_equal", "rows_doubled", "halves_differ", "gradients_equal", "gradients_finite")
 
@@ -37,7 +37,7 @@ def test_the_smallest_of_a_family_converts_and_stays_what_it_was(family):
     if recorded["parameters"] <= 30e6:
         numbers = found["numbers"]
         assert [check for check in CHECKS if not numbers[check]] == []
-        assert zoo._undropped(numbers) < 1e-4
+        assert zoo_report.undropped(numbers) < 1e-4
 
 
 def test_every_family_is_covered():
@@ -60,18 +60,18 @@ def test_everything_that_timm_says_has_maps_converts():
 
 
 def test_the_readme_shows_the_result_file():
-    text = zoo.README.read_text()
+    text = zoo_report.README.read_text()
     words = " ".join(text.split())
     status, weighted = SUMMARY["status"], SUMMARY["with_weights"]["architectures"]
     tried = SUMMARY["architectures_tried"]
     assert f"Of {tried:,} tried, {status['converted']:,} convert and {status['refused']} are refused" in words
     assert f"all {SUMMARY['timm_with_maps']} of timm" in words
     assert f"for {weighted} architectures" in words
-    assert zoo.MARKS[0] + zoo.markdown_table(SUMMARY["architectures"]) + zoo.MARKS[1] in text
+    assert zoo_report.MARKS[0] + zoo_report.markdown_table(SUMMARY["architectures"]) + zoo_report.MARKS[1] in text
 
 
 def test_the_table_counts_what_is_in_the_lines():
-    rows = zoo.markdown_table(SUMMARY["architectures"]).splitlines()[2:]
+    rows = zoo_report.markdown_table(SUMMARY["architectures"]).splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert sum(int(row[1]) for row in cells) == len(SUMMARY["architectures"])
     assert sum(int(row[2]) for row in cells) == SUMMARY["status"]["converted"]
