@@ -137,17 +137,18 @@ class Step:
 def table(rows: list[harness.Row]) -> str:
     """One line per network, mode and method."""
     header = ["model", "mode", "method", "batch", "seconds", "/ plain", "quartiles", "FLOPs", "over bound"]
+    has_two_forwards = any("two_forwards_over" in row for row in rows)
+    if has_two_forwards:
+        header.append("two forwards /")
     lines = []
     for row in rows:
         over = row["over_plain"]
         line = [row["model"], row["mode"], row["method"], row["batch"], f"{row['seconds']['median']:.3f}"]
         line += [f"{over['median']:.3f}", "{:.3f}-{:.3f}".format(*over["quartiles"])]
         line += [f"{row['flops_over_plain']:.3f}", f"{row['over_bound']:.3f}"]
-        if "two_forwards_over" in row:
-            line.append(f"{row['two_forwards_over']['median']:.2f}")
+        if has_two_forwards:  # a run that added single methods with --keep did not take it
+            line.append(f"{row['two_forwards_over']['median']:.2f}" if "two_forwards_over" in row else "-")
         lines.append(line)
-    if any("two_forwards_over" in row for row in rows):
-        header.append("two forwards /")
     return harness.format_table(header, lines)
 
 
