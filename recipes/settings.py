@@ -35,9 +35,22 @@ class Config:
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     resume: str | None = None  # "auto" or a checkpoint folder
+    max_steps: int | None = None  # end after so many optimizer steps, whatever epochs says
+    checkpoint_steps: int | None = None  # optimizer steps between checkpoints within an epoch
+    trackers: list[str] = field(default_factory=list)
+
+    data_dir: str | None = None
+    download: bool = True
+    train_split: str = "train"  # of timm's data sets
+    test_split: str = "validation"
+    num_classes: int | None = None  # of streams, which cannot be asked
+    train_images: int | None = None  # a fixed stratified subset of the training split
+    augment: bool = True
+    num_workers: int = 0
 
     method: Method = "bdropdml"
     drop_prob: float = 0.2
+    drop_schedule: Literal["constant", "linear"] = "constant"
     block_size: int = 3
     sites: list[int | str] | int | str | None = None
     calibration: Literal["exact", "eq6", "eq7"] = "exact"
@@ -46,14 +59,23 @@ class Config:
     temperature: float = 3.0
 
     batch_size: int = 64  # images in one optimizer step, all processes together
+    accumulate_steps: int = 1  # forwards and backwards that share an optimizer step's images
     lr: float = 0.1
+    lr_schedule: Literal["cosine", "multistep"] = "cosine"
+    milestones: list[int] = field(default_factory=list)  # epochs, of multistep
+    lr_gamma: float = 0.1
     warmup_epochs: int = 0
     momentum: float = 0.9
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
-    augment: bool = True
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    clip_grad_norm: float | None = None
+    ema_decay: float | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    num_workers: int = 0
+    channels_last: bool = False
+    compile: bool = False
+    gap_images: int = 1000  # test images on which the train/inference gap is measured, evenly spaced over the split
 
     def __post_init__(self) -> None:
         """Refuse numbers outside their range; the rest of the R-Block settings are checked by apply_rblock."""
@@ -61,17 +83,27 @@ class Config:
             "epochs": (1, math.inf), "image_size": (1, math.inf), "seed": (0, 2**31), "batch_size": (2, math.inf),
             "warmup_epochs": (0, math.inf), "num_workers": (0, math.inf), "weight_decay": (0, math.inf),
             "momentum": (0, 1), "label_smoothing": (0, 1), "drop_prob": (0, 1), "alpha": (0, 1),
+            "max_steps": (1, math.inf), "checkpoint_steps": (1, math.inf), "num_classes": (2, math.inf),
+            "train_images": (2, math.inf), "accumulate_steps": (1, math.inf), "lr_gamma": (0, 1),
+            "mixup": (0, math.inf), "cutmix": (0, math.inf), "ema_decay": (0, 1), "gap_images": (0, math.inf),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 expected = f"a number of at least {low}" if high == math.inf else f"a number from {low} to {high}"
                 raise RecipeError(f"{name} is {value}; expected {expected}, e.g. --{name} {low}")
-        for name in ("lr", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise RecipeError(f"{name} is {getattr(self, name)}; expected a positive number, e.g. --{name} 0.1")
+        for name in ("lr", "temperature", "clip_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise RecipeError(f"{name} is {value}; expected a positive number, e.g. --{name} 0.1")
         if not self.output_dir:
             raise RecipeError("output_dir is empty; expected a folder, e.g. --output_dir runs/digits")
+        if self.lr_schedule == "multistep" and not self.milestones:
+            raise RecipeError("lr_schedule multistep has no milestones; expected epochs, e.g. --milestones [75,130,180]")
+        if sorted(set(self.milestones)) != self.milestones or any(epoch < 1 for epoch in self.milestones):
+            raise RecipeError(
+                f"milestones is {self.milestones}; expected rising epochs from 1, e.g. --milestones [75,130,180]"
+            )
 
 
 def make_parser() -> ArgumentParser:
