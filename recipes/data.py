@@ -1,78 +1,50 @@
-"""The data sets a recipe can name: what each gives, and how its training images are augmented."""
+"""The data sets a recipe can name: one function for each, which says what it gives and what it needs.
+
+data_memory.py has the small ones, data_folders.py those that lie as image files, data_timm.py timm's; data_splits.py
+says what all of them give, augment.py how training images vary.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from settings import RecipeError, near
-from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from data_folders import image_folder, tiny_imagenet
+from data_memory import cifar10, cifar100, digits, fashion_mnist
+from data_splits import ImageData
+from data_timm import PACKAGES, timm_data
+from settings import Config, RecipeError, near
 
-Split = Dataset[tuple[Tensor, ...]]
+__all__ = ["DATASETS", "ImageData", "load_data"]
 
-
-@dataclass(frozen=True)
-class ImageData:
-    """Two splits of (image, class index) and what the model and the training loop need to know of them."""
-
-    train: Split
-    test: Split
-    num_classes: int
-    channels: int
-    augment: Callable[[Tensor], Tensor]  # (N, C, H, W) -> (N, C, H, W), on the batch's device
+DATASETS: dict[str, Callable[[Config], ImageData]] = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "fashion_mnist": fashion_mnist,
+    "tiny_imagenet": tiny_imagenet,
+    "image_folder": image_folder,
+}
 
 
-def load_data(name: str, image_size: int) -> ImageData:
-    """The data set of that name, with square images of image_size.
+def load_data(config: Config) -> ImageData:
+    """The data set that config.dataset names, with square images of config.image_size.
+
+    In a distributed run, call it after the process group is up: streams are shared out by it.
 
     Raises:
-        RecipeError: no data set has that name.
+        RecipeError: no data set has that name, its files are not there or not as they should be, or the settings do
+            not go with it.
     """
-    if name not in DATASETS:
-        raise RecipeError(f"unknown dataset {name!r}; {near(name, DATASETS)} Known: {', '.join(DATASETS)}")
-    return DATASETS[name](image_size)
-
-
-def digits(image_size: int) -> ImageData:
-    """scikit-learn's 1,797 real 8x8 images of handwritten digits; it comes inside the package.
-
-    The 30 % test split (540 images) is stratified and always the same: the seed of a run must not choose its test set.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    raw = load_digits()
-    train, test = train_test_split(range(len(raw.target)), test_size=0.3, stratify=raw.target, random_state=0)
-    labels = torch.from_numpy(raw.target).long()
-    images = torch.from_numpy(raw.images).float().unsqueeze(1) / 16
-    # once, up front: a small CNN halves 8x8 maps to nothing, and a region of a 1x1 map is no region
-    images = F.interpolate(images, size=(image_size, image_size), mode="bilinear", antialias=True)
-    mean, std = images[train].mean(), images[train].std()
-    images = (images - mean) / std
-    background, pixel = float(-mean / std), max(1, image_size // 8)
-    return ImageData(
-        train=TensorDataset(images[train], labels[train]),
-        test=TensorDataset(images[test], labels[test]),
-        num_classes=10,
-        channels=1,
-        augment=lambda batch: random_shift(batch, pixel, background),  # by at most one pixel of the original
-    )
-
-
-def random_shift(images: Tensor, limit: int, fill: float = 0.0) -> Tensor:
-    """Shift each image of (N, C, H, W) by up to limit pixels each way: pad with fill, then crop at random.
-
-    The draws come from torch's default generator of the images' device, so seeding torch reproduces them.
-    """
-    count, _, height, width = images.shape
-    device = images.device
-    top, left = torch.randint(2 * limit + 1, (2, count, 1), device=device)
-    rows = (top + torch.arange(height, device=device))[:, None, :, None]
-    columns = (left + torch.arange(width, device=device))[:, None, None, :]
-    sample = torch.arange(count, device=device)[:, None, None, None]
-    channel = torch.arange(images.shape[1], device=device)[None, :, None, None]
-    return F.pad(images, [limit] * 4, value=fill)[sample, channel, rows, columns]
-
-
-DATASETS: dict[str, Callable[[int], ImageData]] = {"digits": digits}
+    name = config.dataset
+    if "/" in name and name.partition("/")[0].lower() in PACKAGES:
+        data = timm_data(config)
+    elif name in DATASETS:
+        data = DATASETS[name](config)
+    else:
+        raise RecipeError(
+            f"unknown dataset {name!r}; {near(name, DATASETS)} Known: {', '.join(DATASETS)}, and timm's: "
+            f"{', '.join(f'{prefix}/...' for prefix in PACKAGES)}"
+        )
+    if config.num_classes not in (None, data.num_classes):
+        raise RecipeError(
+            f"num_classes is {config.num_classes}, but {name} has {data.num_classes} classes; leave --num_classes out"
+        )
+    return data
