@@ -57,9 +57,10 @@ def downloading(url: str, config: Config) -> Iterator[None]:
     try:
         yield
     except (URLError, OSError, RuntimeError) as error:  # RuntimeError: torchvision's, of a checksum
+        reason = " ".join(str(error).split())
         raise RecipeError(
-            f"cannot download {config.dataset} from {url}: {error}; try again, or put the file in {folder_of(config)} "
-            f"yourself"
+            f"cannot download {config.dataset} from {url}: {reason}; try again, or put the file in "
+            f"{folder_of(config)} yourself"
         ) from error
 
 

@@ -130,7 +130,9 @@ def read_idx(folder: Path, name: str, read: Callable[[str], Tensor]) -> Tensor:
             extract_archive(path, Path(temporary))
             return read(str(Path(temporary) / name))
     except (*BROKEN, ValueError, TypeError, AssertionError, RuntimeError, KeyError) as error:
-        raise RecipeError(f"{path} is no whole idx file: {error or type(error).__name__}; fetch it again") from error
+        raise RecipeError(
+            f"{path} is no whole idx file: {str(error) or type(error).__name__}; fetch it again"
+        ) from error
 
 
 def in_memory(config: Config, train: Pair, test: Pair, num_classes: int, pad: int, flip: bool) -> ImageData:
