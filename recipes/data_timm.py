@@ -54,8 +54,8 @@ def open_split(config: Config, split: str, **options: Any) -> Any:
         return create_dataset(config.dataset, root=root, split=split, **options)
     except Exception as error:  # a hub's, a file system's, an assertion of timm's
         raise RecipeError(
-            f"timm cannot open split {split!r} of {config.dataset} (data_dir {root}): {str(error) or type(error).__name__}; "
-            f"see --dataset, --data_dir, --train_split and --test_split"
+            f"timm cannot open split {split!r} of {config.dataset} (data_dir {root}): "
+            f"{str(error) or type(error).__name__}; see --dataset, --data_dir, --train_split and --test_split"
         ) from error
 
 
@@ -154,7 +154,8 @@ class StreamedImages(IterableDataset[Sample]):
         if isinstance(reader, ReaderWds):
             # It would keep its shuffle buffer's generator over epochs, or seed it from torch's global one; then a
             # resumed run would see another order than one that was never interrupted.
-            reader.ds, reader.worker_info = None, worker
+            reader.ds = None
+            reader.worker_info = worker  # type: ignore[assignment]  # timm's starts as None
             reader.worker_id, reader.num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
             reader.global_num_workers = reader.dist_num_replicas * reader.num_workers
             reader.global_worker_id = reader.dist_rank * reader.num_workers + reader.worker_id

@@ -129,16 +129,23 @@ def flat_png(value: int) -> bytes:
     return file.getvalue()
 
 
-def write_shards(root: Path, train_shards: int = 4, per_shard: int = 6, classes: int = 3) -> Path:
+def noisy_png(seed: int) -> bytes:
+    """An image on which every crop shows."""
+    file = io.BytesIO()
+    Image.fromarray(noise((40, 40, 3), seed)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_shards(root: Path, per_shard: int = 6, classes: int = 3, png=flat_png) -> Path:
     """WebDataset shards with timm's _info.json: image i of a split is flat, of level i and class i % classes."""
     root.mkdir(parents=True, exist_ok=True)
     splits = {}
-    for split, shards in (("train", train_shards), ("validation", 2)):
+    for split, shards in (("train", 4), ("validation", 2)):
         names = [f"{split}-{shard:04d}.tar" for shard in range(shards)]
         for shard, name in enumerate(names):
             with tarfile.open(root / name, "w") as tar:
                 for index in range(shard * per_shard, (shard + 1) * per_shard):
-                    for ending, content in (("png", flat_png(index)), ("cls", str(index % classes).encode())):
+                    for ending, content in (("png", png(index)), ("cls", str(index % classes).encode())):
                         entry = tarfile.TarInfo(f"{index:06d}.{ending}")
                         entry.size = len(content)
                         tar.addfile(entry, io.BytesIO(content))
