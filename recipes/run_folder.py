@@ -5,27 +5,75 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import load
+from safetensors import SafetensorError
 from settings import Config, RecipeError
 
 STATE_FILE = "state.json"
-RESULTS = ("metrics.csv", "result.json", "model.safetensors", "curves.png")
+RESULTS = ("metrics.csv", "result.json", "model.safetensors", "best.safetensors", "curves.png")
 CHECKPOINTS = ("checkpoint", "checkpoint.previous")
-FREE_ON_RESUME = {"output_dir", "epochs", "resume"}  # settings that a resumed run may change
+# settings that a resumed run may change: none of them changes what a step computes
+FREE_ON_RESUME = {
+    "output_dir", "epochs", "max_steps", "resume", "checkpoint_steps", "trackers",
+    "data_dir", "download", "num_workers",
+}  # fmt: skip
+
+
+@dataclass
+class State:
+    """How far a run has come, beside what Accelerate saves.
+
+    Attributes:
+        rows: the rows of metrics.csv, one per finished epoch.
+        epoch_steps: optimizer steps done in the epoch that is not finished.
+        sums: what has been summed up in it, per process (measure.SUMS).
+        train_seconds: the time it has taken so far.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    epoch_steps: int = 0
+    sums: list[list[float]] = field(default_factory=list)
+    train_seconds: float = 0.0
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Tell a full disk, or a folder that cannot be written, in one line.
+
+    Raises:
+        RecipeError: a write inside failed.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        free = shutil.disk_usage(existing).free / 2**20
+        complete = [name for name in CHECKPOINTS if (folder / name / STATE_FILE).exists()]
+        kept = f"; {folder / complete[0]} is complete: continue with --resume auto" if complete else ""
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise RecipeError(
+            f"cannot write to output_dir {folder}: {reason} ({free:.1f} MiB free there); make room or name another "
+            f"folder with --output_dir{kept}"
+        ) from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then rename it: a killed run leaves the old file or the new, never half."""
     temporary = path.with_name(f"{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # half a file on a full disk helps no one
+        raise
 
 
 def write_metrics(rows: list[dict[str, Any]], path: Path) -> None:
@@ -37,8 +85,8 @@ def write_metrics(rows: list[dict[str, Any]], path: Path) -> None:
     write_atomically(path, lambda file: file.write_text(table.getvalue()))
 
 
-def open_run(config: Config, num_processes: int) -> tuple[Path | None, list[dict[str, Any]]]:
-    """Where to continue, as (checkpoint folder, its rows of metrics); (None, []) for a fresh run. Writes nothing.
+def open_run(config: Config, num_processes: int) -> tuple[Path | None, State]:
+    """Where to continue, as (checkpoint folder, how far it had come); (None, State()) for a fresh run. Writes nothing.
 
     Raises:
         RecipeError: output_dir holds another run, or the checkpoint is missing, unreadable, or of other settings.
@@ -53,7 +101,7 @@ def open_run(config: Config, num_processes: int) -> tuple[Path | None, list[dict
                 f"output_dir {output_dir} already holds a run ({', '.join(held)}); continue it with --resume auto, "
                 "or name another folder with --output_dir"
             )
-        return None, []
+        return None, State()
     if config.resume == "auto":
         # checkpoint.previous alone: the run was killed between the two renames of save_checkpoint
         folder = next((output_dir / name for name in CHECKPOINTS if name in held), None)
@@ -63,7 +111,7 @@ def open_run(config: Config, num_processes: int) -> tuple[Path | None, list[dict
                     f"output_dir {output_dir} holds results ({', '.join(held)}) and no checkpoint to continue from; "
                     "name another folder with --output_dir"
                 )
-            return None, []
+            return None, State()
     else:
         folder = Path(config.resume)
         if held and folder.resolve().parent != output_dir.resolve():
@@ -71,14 +119,15 @@ def open_run(config: Config, num_processes: int) -> tuple[Path | None, list[dict
                 f"output_dir {output_dir} already holds another run ({', '.join(held)}) than the checkpoint {folder}; "
                 "name another folder with --output_dir"
             )
-    return folder, read_rows(folder, config, num_processes)
+    return folder, read_state(folder, config, num_processes)
 
 
-def read_rows(folder: Path, config: Config, num_processes: int) -> list[dict[str, Any]]:
-    """The metrics so far in a checkpoint, once it is sure that this run continues it."""
+def read_state(folder: Path, config: Config, num_processes: int) -> State:
+    """How far a checkpoint's run had come, once it is sure that this run continues it."""
     try:
-        state = json.loads((folder / STATE_FILE).read_text())
-        rows, before, processes = state["rows"], state["config"], state["num_processes"]
+        saved = json.loads((folder / STATE_FILE).read_text())
+        state = State(**saved["state"])
+        before, processes = saved["config"], saved["num_processes"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
             f"resume: {folder} is no complete checkpoint ({STATE_FILE}: {type(error).__name__}); expected "
@@ -97,33 +146,54 @@ def read_rows(folder: Path, config: Config, num_processes: int) -> list[dict[str
             f"resume: {folder} was written by {processes} processes and this run has {num_processes}, so that it "
             f"would not draw the same masks; launch {processes}"
         )
-    if len(rows) > config.epochs:
-        raise RecipeError(f"resume: {folder} has {len(rows)} epochs already; expected --epochs {len(rows)} or more")
-    return list(rows)
+    if len(state.rows) > config.epochs:
+        done = len(state.rows)
+        raise RecipeError(f"resume: {folder} has {done} epochs already; expected --epochs {done} or more")
+    return state
 
 
-def save_checkpoint(accelerator: Accelerator, config: Config, rows: list[dict[str, Any]]) -> None:
-    """Replace output_dir/checkpoint by the state after the last row's epoch; all processes call it.
+def save_checkpoint(accelerator: Accelerator, config: Config, state: State) -> None:
+    """Replace output_dir/checkpoint by the present state; all processes call it, between two optimizer steps.
 
-    Accelerate saves weights, optimizer, scheduler, scaler and every process's random state; the position in the data
-    is the epoch. A run killed at any moment leaves a complete `checkpoint`, or a complete `checkpoint.previous`.
+    Accelerate saves weights, optimizer, scheduler, scaler, the moving average and every process's random state; the
+    order of the images is a function of (seed, epoch). A run killed at any moment leaves a complete `checkpoint`, or a
+    complete `checkpoint.previous`.
+
+    Raises:
+        RecipeError: the disk is full or cannot be written; the checkpoint before stays.
     """
     current, previous = (Path(config.output_dir) / name for name in CHECKPOINTS)
     temporary = current.with_name("checkpoint.tmp")
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()  # the other processes' random states lie there now
-    if accelerator.is_main_process:
-        state = {"rows": rows, "config": asdict(config), "num_processes": accelerator.num_processes}
-        (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
-        if current.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            current.rename(previous)
-        temporary.rename(current)
-        shutil.rmtree(previous, ignore_errors=True)
+    try:
+        with writing(current.parent):
+            accelerator.save_state(str(temporary))
+            accelerator.wait_for_everyone()  # the other processes' random states lie there now
+            if accelerator.is_main_process:
+                saved = {
+                    "state": asdict(state), "config": asdict(config), "num_processes": accelerator.num_processes
+                }  # fmt: skip
+                (temporary / STATE_FILE).write_text(json.dumps(saved, indent=1))
+                _sync(temporary)
+                if current.exists():
+                    shutil.rmtree(previous, ignore_errors=True)
+                    current.rename(previous)
+                temporary.rename(current)
+                shutil.rmtree(previous, ignore_errors=True)
+    except RecipeError:
+        shutil.rmtree(temporary, ignore_errors=True)  # so that the next attempt has the room
+        raise
     accelerator.wait_for_everyone()
+
+
+def _sync(folder: Path) -> None:
+    """Let the files reach the disk before a rename says that they are there: a rename can outlive a power cut alone."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:

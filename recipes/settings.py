@@ -146,7 +146,8 @@ def near(name: str, known: Iterable[str]) -> str:
 def exit_with(error: Exception) -> NoReturn:
     """Tell a mistake in one line of stderr, once, and end with exit code 2."""
     rank = int(os.environ.get("RANK", "0"))
-    message = " ".join(str(error).split())
+    # an error of a loader's worker comes with the worker's traceback before it
+    message = " ".join(str(error).rpartition("RecipeError: ")[2].split())
     if rank != 0:
         # Every process meets the same mistake and the main one speaks; the launcher then ends the others here. One
         # that is still alive after this wait met a mistake that the main process did not, and must say so itself.

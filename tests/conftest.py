@@ -1,9 +1,14 @@
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from hypothesis import settings
+
+# A script finds its siblings so.
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 # Each example builds tensors, whose first allocation can take long; the properties themselves are exact.
 settings.register_profile("default", deadline=None, max_examples=50)

@@ -1,102 +1,53 @@
 """The training recipe as its user meets it: launched, killed, resumed, given wrong settings."""
 
-import csv
 import json
 import math
-import os
 import re
 import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
-import psutil
+import data as recipe_data
+import loaders
+import optimise
 import pytest
+import run as recipe_run
+import run_folder
+import settings
 import timm
 import torch
-from accelerate.state import AcceleratorState, GradientState
+import train
 from safetensors.torch import load_file
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPES = ROOT / "recipes"
-sys.path.insert(0, str(RECIPES))  # a script finds its siblings so
-
-import data as recipe_data  # noqa: E402
-import run_folder  # noqa: E402
-import settings  # noqa: E402
-import train  # noqa: E402
-
-CONFIG = str(RECIPES / "configs" / "digits.yaml")
-SCRIPT = [str(RECIPES / "train.py"), "--config", CONFIG]
-ONE_PROCESS = [sys.executable, "-m", "accelerate.commands.launch"]
-TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-TINY = ["--image_size", "16", "--batch_size", "128"]  # under a second an epoch
-
-
-# no accelerator, whatever the machine has: bit-equality is promised on a CPU; one thread, so that neighbours do no harm
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-
-
-def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def result_of(folder: Path) -> dict:
-    return json.loads((folder / "result.json").read_text())
-
-
-def rows_of(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-@contextmanager
-def recipe_in_process() -> Iterator[Callable[..., None]]:
-    """Run the recipe inside this process, as if it were a fresh one without launcher and accelerator."""
-
-    def reset() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            patch.delenv(name, raising=False)
-        patch.setattr(torch.accelerator, "is_available", lambda: False)
-        reset()
-        yield lambda *arguments: (reset(), train.train(settings.read_config(["--config", CONFIG, *TINY, *arguments])))
-        reset()
+from tests.recipe_tools import (
+    CONFIG,
+    ENVIRONMENT,
+    ONE_PROCESS,
+    RECIPES,
+    ROOT,
+    SCRIPT,
+    TINY,
+    TWO_PROCESSES,
+    fails,
+    kill_tree,
+    launch,
+    recipe_in_process,
+    result_of,
+    rows_of,
+    snapshot,
+)
 
 
 @pytest.fixture
 def in_process():
     with recipe_in_process() as run:
         yield run
-
-
-def fails(capsys, monkeypatch, *arguments: str) -> str:
-    """The one line that the recipe ends with, in this process; exit code 2 is asserted."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        train.main()
-    assert exit_.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    return lines[0]
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
 # --- the default run -------------------------------------------------------------------------------------------------
@@ -153,7 +104,9 @@ def test_weights_are_those_of_the_plain_timm_model(default_run):
         config["model"], num_classes=result["num_classes"], in_chans=result["in_chans"], **config["model_kwargs"]
     )
     plain.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-    images, labels = recipe_data.load_data("digits", config["image_size"]).test.tensors
+    digits = recipe_data.load_data(settings.Config(**config))
+    images, labels = next(iter(DataLoader(digits.test, 540)))
+    images = digits.normalise(images)
     with torch.no_grad():
         right = (plain.eval()(images).argmax(1) == labels).sum().item()
     assert 100 * right / len(labels) == pytest.approx(result["top1_last"], abs=0.2)  # one image: other batch sizes
@@ -192,18 +145,11 @@ def test_every_method_trains(method, in_process, tmp_path):
 # --- killed and resumed ----------------------------------------------------------------------------------------------
 
 
-def kill_tree(process: subprocess.Popen) -> None:
-    """SIGKILL to a launcher and its workers, which torchrun puts in sessions of their own."""
-    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        victim.kill()
-    process.wait()
-
-
 def wait_for_epochs(folder: Path, epochs: int, process: subprocess.Popen) -> None:
     """Return as soon as a checkpoint of that many epochs stands."""
     while process.poll() is None:
         try:
-            if len(json.loads((folder / "checkpoint" / "state.json").read_text())["rows"]) >= epochs:
+            if len(json.loads((folder / "checkpoint" / "state.json").read_text())["state"]["rows"]) >= epochs:
                 return
         except (FileNotFoundError, NotADirectoryError):
             pass
@@ -228,7 +174,7 @@ def assert_same_run(one: Path, two: Path) -> None:
     ours, theirs = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    timeless = [[{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(run)] for run in (one, two)]
+    timeless = [[{k: v for k, v in row.items() if "second" not in k} for row in rows_of(run)] for run in (one, two)]
     assert timeless[0] == timeless[1]
     assert len(timeless[0]) == 4
 
@@ -258,17 +204,18 @@ PROBE = """
 import copy, sys
 from dataclasses import replace
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 import train
 from rblock_fx import remove_rblock
+from run_folder import State
 from settings import read_config
 
 config, out = read_config(sys.argv[2:]), sys.argv[1]
 found = {}
 evaluate = train.evaluate
 
-def evaluate_and_probe(model, loader, accelerator):
-    row = evaluate(model, loader, accelerator)
+def evaluate_and_probe(model, loader, prepare, accelerator):
+    measured = evaluate(model, loader, prepare, accelerator)
     unwrapped = accelerator.unwrap_model(model)
     images = torch.linspace(-1, 1, 4 * 16 * 16).view(4, 1, 16, 16)
     with torch.no_grad(), torch.random.fork_rng():  # the same images on both ranks: only masks can differ
@@ -277,17 +224,17 @@ def evaluate_and_probe(model, loader, accelerator):
     weights = torch.cat([tensor.flatten().double() for tensor in unwrapped.state_dict().values()])
     for name, tensor in (("weights", weights), ("masked", masked), ("unmasked", unmasked)):
         found[name] = accelerator.gather(tensor[None])
-    return row
+    return measured
 
 def open_run(config, num_processes):
     accelerator = train.make_accelerator(config)
-    data = train.load_data(config.dataset, config.image_size)
+    data = train.load_data(config)
     indices = torch.arange(len(data.train))
     with torch.random.fork_rng():
-        loader, _ = train.make_loaders(config, replace(data, train=TensorDataset(indices)), accelerator)
+        loader, *_ = train.make_loaders(config, replace(data, train=TensorDataset(indices)), accelerator)
         loader.set_epoch(3)
         found["order"] = accelerator.gather(torch.stack([batch for (batch,) in loader])[None])
-    return None, []
+    return None, State()
 
 train.evaluate, train.open_run = evaluate_and_probe, open_run
 train.train(config)
@@ -318,9 +265,9 @@ def test_two_ranks_share_weights_and_draw_their_own_masks(two_ranks):
 def test_two_ranks_share_the_steps_of_one(two_ranks):
     order = torch.load(two_ranks / "found.pt")["order"]
     config = settings.read_config(["--config", CONFIG, *TINY])
-    digits = recipe_data.load_data(config.dataset, config.image_size)
+    digits = recipe_data.load_data(config)
     indices = TensorDataset(torch.arange(len(digits.train)))
-    alone, _ = train.make_loaders(config, replace(digits, train=indices), train.make_accelerator(config))
+    alone, *_ = loaders.make_loaders(config, replace(digits, train=indices), train.make_accelerator(config))
     alone.set_epoch(3)
     for step, (batch,) in enumerate(alone):  # each step's images are those of one process, each of them once
         assert torch.equal(order[:, step].flatten().sort().values, batch.sort().values)
@@ -430,7 +377,7 @@ def test_diverged_loss_stops_before_it_is_saved(tmp_path, capsys, monkeypatch):
         capsys, monkeypatch, *SCRIPT[1:], *TINY, "--epochs", "1", "--lr", "1e30",
         "--output_dir", str(tmp_path / "run"),
     )  # fmt: skip
-    assert "the loss is nan in epoch 1; lower --lr" in line
+    assert re.search(r"not finite at step \d \(epoch 1\); no checkpoint was written before it; lower --lr", line)
     assert list(snapshot(tmp_path / "run")) == ["config.yaml"]
 
 
@@ -487,7 +434,11 @@ SPOILED = [
     (Path.exists, ["--lr", "0.2"], r"other settings: lr \(there 0.05, now 0.2\)"),
     (Path.exists, ["--method", "none", "--seed", "5"], "method .*, seed "),
     (lambda run: edit_state(run, num_processes=2), [], "written by 2 processes and this run has 1"),
-    (lambda run: edit_state(run, rows=[{}, {}, {}]), [], "has 3 epochs already; expected --epochs 3 or more"),
+    (
+        lambda run: edit_state(run, state={"rows": [{}, {}, {}]}),
+        [],
+        "has 3 epochs already; expected --epochs 3 or more",
+    ),
     (lambda run: (run / "checkpoint" / "state.json").write_text('{"rows'), [], "no complete checkpoint"),
     (lambda run: (run / "checkpoint" / "random_states_0.pkl").unlink(), [], "cannot be read: FileNotFoundError"),
     (lambda run: (run / "checkpoint" / "model.safetensors").write_bytes(b"half"), [], "cannot be read"),
@@ -546,7 +497,7 @@ def test_a_run_killed_between_the_two_renames_resumes(run, in_process, capsys):
     in_process(*again(run), "--epochs", "2")
     assert "checkpoint.previous after epoch 1" in capsys.readouterr().out
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["checkpoint"]
-    assert len(json.loads((run / "checkpoint" / "state.json").read_text())["rows"]) == 2
+    assert len(json.loads((run / "checkpoint" / "state.json").read_text())["state"]["rows"]) == 2
 
 
 def test_auto_without_a_checkpoint_starts_fresh(tmp_path, in_process):
@@ -558,14 +509,14 @@ def test_a_precision_that_the_device_lacks_is_an_error(in_process, monkeypatch, 
     def refuse(**_):
         raise ValueError("fp16 mixed precision requires a GPU")
 
-    monkeypatch.setattr(train, "Accelerator", refuse)
+    monkeypatch.setattr(recipe_run, "Accelerator", refuse)
     with pytest.raises(settings.RecipeError, match="fp16 mixed precision requires a GPU"):
         in_process("--output_dir", str(tmp_path / "run"), "--mixed_precision", "fp16")
 
 
 def test_a_process_left_alone_is_an_error(in_process, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher would say that Accelerate does not understand
-    monkeypatch.setattr(train, "Accelerator", lambda **_: type("One", (), {"num_processes": 1}))
+    monkeypatch.setattr(recipe_run, "Accelerator", lambda **_: type("One", (), {"num_processes": 1, "log_with": []}))
     with pytest.raises(settings.RecipeError, match="2 processes were launched and Accelerate joined 1"):
         in_process("--output_dir", str(tmp_path / "run"))
 
@@ -589,38 +540,26 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_digits_split_is_fixed_stratified_and_disjoint():
+    config = settings.read_config(["--config", CONFIG, "--image_size", "8"])
     torch.manual_seed(1)
-    one = recipe_data.load_data("digits", 8)
+    one = recipe_data.load_data(config)
     torch.manual_seed(2)
-    two = recipe_data.load_data("digits", 8)
-    train_images, train_labels = one.train.tensors
-    test_images, test_labels = one.test.tensors
+    two = recipe_data.load_data(replace(config, seed=5))
+    (train_images, train_labels), (test_images, test_labels) = (
+        (split.images, split.labels) for split in (one.train, one.test)
+    )
     assert train_images.shape == (1257, 1, 8, 8)
     assert test_images.shape == (540, 1, 8, 8)
-    assert torch.equal(test_images, two.test.tensors[0])
+    assert torch.equal(test_images, two.test.images)
     assert (test_labels.bincount() - 0.3 * torch.cat([train_labels, test_labels]).bincount()).abs().max() < 1
-    assert train_images.mean().item() == pytest.approx(0, abs=1e-5)
-    assert train_images.std().item() == pytest.approx(1, abs=1e-5)
-
-
-def test_random_shift_moves_whole_images_within_its_limit():
-    torch.manual_seed(0)
-    images = torch.rand(200, 2, 6, 5) + 1
-    shifted = recipe_data.random_shift(images, 1, fill=-7.0)
-    padded = torch.nn.functional.pad(images, [1] * 4, value=-7.0)
-    crops = {(y, x): padded[:, :, y : y + 6, x : x + 5] for y in range(3) for x in range(3)}
-    found = torch.stack([(shifted == crop).flatten(1).all(1) for crop in crops.values()])
-    assert (found.sum(0) == 1).all()
-    assert (found.sum(1) > 5).all()  # all nine shifts occur
-    torch.manual_seed(0)
-    torch.rand(200, 2, 6, 5)
-    assert torch.equal(recipe_data.random_shift(images, 1, fill=-7.0), shifted)
+    assert one.normalise(train_images).mean().item() == pytest.approx(0, abs=1e-5)
+    assert one.normalise(train_images).std().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
     config = settings.read_config(["--config", CONFIG, "--epochs", "10", "--warmup_epochs", "2", "--lr", "0.4"])
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
-    scheduler = train.make_scheduler(config, optimizer, steps_per_epoch=5)
+    scheduler = optimise.make_scheduler(config, optimizer, steps_per_epoch=5)
     rates = []
     for _ in range(50):
         rates.append(scheduler.get_last_lr()[0])

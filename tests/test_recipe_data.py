@@ -9,10 +9,14 @@ import multiprocessing
 import random
 import shutil
 import socket
-import sys
 import threading
 from pathlib import Path
 
+import augment
+import data as recipe_data
+import data_folders
+import data_memory
+import data_splits
 import numpy as np
 import pytest
 import torch
@@ -20,20 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import chisquare
+from settings import Config, RecipeError
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
 from tests import recipe_files as files
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))  # a script finds its siblings so
-
-import augment  # noqa: E402
-import data as recipe_data  # noqa: E402
-import data_folders  # noqa: E402
-import data_memory  # noqa: E402
-import data_splits  # noqa: E402
-from settings import Config, RecipeError  # noqa: E402
 
 
 def config(dataset: str, data_dir: Path | None = None, size: int = 32, **values) -> Config:

@@ -1,0 +1,438 @@
+"""What people expect of a training script: kills, signals, schedules, averages, trackers, what it measures."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import epoch
+import measure
+import models
+import optimise
+import pytest
+import settings
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.recipe_tools import (
+    CONFIG,
+    ENVIRONMENT,
+    ROOT,
+    SCRIPT,
+    TINY,
+    TWO_PROCESSES,
+    fails,
+    kill_tree,
+    launch,
+    recipe_in_process,
+    result_of,
+    rows_of,
+    snapshot,
+)
+
+PROCESSES = {"one process": [sys.executable], "two processes": TWO_PROCESSES}
+EVERYTHING = [  # whatever carries state from step to step
+    *TINY, "--epochs", "6", "--ema_decay", "0.9", "--mixup", "0.2", "--accumulate_steps", "2",
+    "--drop_schedule", "linear", "--clip_grad_norm", "1", "--warmup_epochs", "1",
+]  # fmt: skip
+STEPS = 9  # in an epoch of TINY
+
+
+@pytest.fixture
+def in_process():
+    with recipe_in_process() as run:
+        yield run
+
+
+def start(launcher: list[str], *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*launcher, *SCRIPT, *arguments], cwd=ROOT, env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def steps_of(folder: Path) -> int:
+    """The steps that the newest complete checkpoint of a run has; 0 before the first."""
+    for name in ("checkpoint", "checkpoint.previous"):
+        try:
+            state = json.loads((folder / name / "state.json").read_text())["state"]
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        return len(state["rows"]) * STEPS + state["epoch_steps"]
+    return 0
+
+
+def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen) -> None:
+    while process.poll() is None:
+        if steps_of(folder) >= steps:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"the run ended early: {process.communicate()[0]}")
+
+
+def assert_equal_runs(one: Path, two: Path) -> None:
+    """Bit-equal weights of every kind, and equal metrics but for the times."""
+    for name in ("model", "best", "ema"):
+        ours, theirs = (load_file(folder / f"{name}.safetensors") for folder in (one, two))
+        assert ours.keys() == theirs.keys()
+        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    timeless = [[{k: v for k, v in row.items() if "second" not in k} for row in rows_of(run)] for run in (one, two)]
+    assert timeless[0] == timeless[1]
+
+
+# --- ends and beginnings ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=PROCESSES)
+def uninterrupted(request, tmp_path_factory) -> tuple[list[str], Path]:
+    """A launcher, and the run that it makes when nothing comes between."""
+    launcher, folder = PROCESSES[request.param], tmp_path_factory.mktemp("uninterrupted") / "run"
+    launch([*launcher, *SCRIPT, *EVERYTHING, "--output_dir", str(folder)])
+    assert result_of(folder)["num_processes"] == (2 if launcher == TWO_PROCESSES else 1)
+    return launcher, folder
+
+
+def test_a_run_killed_at_ten_random_moments_gives_the_very_same_weights(uninterrupted, tmp_path):
+    launcher, whole = uninterrupted
+    arguments = [*EVERYTHING, "--checkpoint_steps", "1", "--resume", "auto", "--output_dir", str(tmp_path / "run")]
+    moments = random.Random(0)
+    for _ in range(10):
+        process = start(launcher, *arguments)
+        try:
+            wait_for_steps(tmp_path / "run", steps_of(tmp_path / "run") + 1, process)
+            time.sleep(moments.uniform(0, 0.3))  # into a step, an evaluation, or the writing of a checkpoint
+            assert process.poll() is None
+        finally:
+            kill_tree(process)
+    assert not (tmp_path / "run" / "result.json").exists()
+    launch([*launcher, *SCRIPT, *arguments])
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_lets_the_step_finish_and_saves(uninterrupted, number, tmp_path):
+    launcher, whole = uninterrupted
+    arguments = [*EVERYTHING, "--resume", "auto", "--output_dir", str(tmp_path / "run")]
+    process = start(launcher, *arguments, "--checkpoint_steps", str(STEPS + 2))
+    try:
+        wait_for_steps(tmp_path / "run", STEPS + 2, process)
+        process.send_signal(number)  # to the launcher, which passes it on
+        printed, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            kill_tree(process)
+    told = re.search(r"stopped at step (\d+) and saved; --resume auto goes on from there", printed)
+    assert told, printed
+    assert steps_of(tmp_path / "run") == int(told[1]) >= STEPS + 2
+    assert not (tmp_path / "run" / "result.json").exists()
+    if launcher != TWO_PROCESSES:  # torchrun reports the signal that it got as its own end
+        assert process.returncode == 0
+    launch([*launcher, *SCRIPT, *arguments])
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(in_process, tmp_path):
+    for name, seed in (("one", "3"), ("two", "3"), ("other", "4")):
+        in_process(*EVERYTHING[4:], "--epochs", "1", "--seed", seed, "--output_dir", str(tmp_path / name))
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
+    assert rows_of(tmp_path / "one")[0]["train_loss"] != rows_of(tmp_path / "other")[0]["train_loss"]
+
+
+# one step an epoch, so that metrics.csv has the loss of every step; LayerNorm looks at one sample alone
+TRAJECTORY = [
+    "--model", "test_convnext", "--model_kwargs", "{}", "--image_size", "32", "--batch_size", "1200", "--epochs", "6",
+    "--drop_prob", "0", "--warmup_epochs", "0", "--lr", "0.02",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trajectory(tmp_path_factory) -> list[dict[str, str]]:
+    folder = tmp_path_factory.mktemp("trajectory") / "run"
+    with recipe_in_process() as run:
+        run(*TRAJECTORY, "--output_dir", str(folder))
+    return rows_of(folder)
+
+
+def assert_same_trajectory(rows: list[dict[str, str]], others: list[dict[str, str]]) -> None:
+    for name in ("train_loss", "train_ce", "test_ce"):
+        assert [float(row[name]) for row in rows] == pytest.approx([float(row[name]) for row in others], abs=1e-5)
+    assert len(rows) == 6
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"]) - 0.05  # it does train
+
+
+def test_two_processes_with_half_the_batch_take_the_steps_of_one(trajectory, tmp_path):
+    launch([*TWO_PROCESSES, *SCRIPT, *TINY, *TRAJECTORY, "--output_dir", str(tmp_path / "run")])
+    assert result_of(tmp_path / "run")["num_processes"] == 2
+    assert_same_trajectory(rows_of(tmp_path / "run"), trajectory)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(trajectory, in_process, tmp_path):
+    in_process(*TRAJECTORY, "--accumulate_steps", "3", "--output_dir", str(tmp_path / "run"))
+    assert_same_trajectory(rows_of(tmp_path / "run"), trajectory)
+
+
+@pytest.mark.parametrize("steps", [4, STEPS + 4])
+def test_max_steps_ends_a_run_that_can_go_on(steps, in_process, tmp_path):
+    arguments = ["--epochs", "3", "--output_dir", str(tmp_path / "run")]
+    in_process(*arguments, "--max_steps", str(steps))
+    result, rows = result_of(tmp_path / "run"), rows_of(tmp_path / "run")
+    assert (result["steps"], result["stopped_early"], result["images_seen"]) == (steps, True, steps * 128)
+    assert [int(row["step"]) for row in rows] == [min(steps, STEPS * (index + 1)) for index in range(len(rows))]
+    in_process(*arguments, "--resume", "auto")
+    in_process("--epochs", "3", "--output_dir", str(tmp_path / "whole"))
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert result_of(tmp_path / "run")["stopped_early"] is False
+    assert [int(row["step"]) for row in rows_of(tmp_path / "run")] == [9, 18, 27]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_at_its_step(in_process, tmp_path, monkeypatch):
+    train_on, seen = epoch.train_on, []
+
+    def poisoned(*arguments):
+        loss, *rest = train_on(*arguments)
+        seen.append(loss)
+        return (loss * float("nan") if len(seen) == 12 else loss, *rest)
+
+    monkeypatch.setattr(epoch, "train_on", poisoned)
+    folder = tmp_path / "run"
+    with pytest.raises(settings.RecipeError, match=rf"step 12 \(epoch 2\); the last good checkpoint is {folder}/check"):
+        in_process("--epochs", "3", "--output_dir", str(folder))
+    assert steps_of(folder) == STEPS
+    assert len(seen) == 12
+
+
+# --- a disk that is full ---------------------------------------------------------------------------------------------
+
+LIMITED = (
+    "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); sys.argv = sys.argv[1:]; "
+)
+LIMITED += "runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+@pytest.mark.parametrize("full_from", ["config", "checkpoint", "second checkpoint"])
+def test_a_full_disk_is_one_line_and_keeps_what_was_whole(full_from, tmp_path):
+    """On a tmpfs of a few MiB where the system lets one be mounted, else under a limit on the size of a file."""
+    folder = tmp_path / "small" / "run"
+    folder.parent.mkdir()
+    size = {"config": 0, "checkpoint": 1_000, "second checkpoint": 7_000}[full_from]  # KiB; a checkpoint takes 4,600
+    command = [sys.executable, *SCRIPT, *TINY, "--epochs", "3", "--gap_images", "0", "--output_dir", str(folder)]
+    mount = (
+        f"mount -t tmpfs -o size={size}k tmpfs {folder.parent} && dd if=/dev/zero of={folder.parent}/x bs=1k count=1"
+    )
+    mount = mount.replace("size=0k", "size=4k") if size == 0 else mount
+    look = f"rc=$?; rm -f {folder.parent}/x; cp -r {folder.parent} {tmp_path}/after; exit $rc"
+    mountable = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
+    probe = subprocess.run([*mountable, mount], capture_output=True, check=False)
+    if probe.returncode == 0:
+        import shlex
+
+        done = subprocess.run(
+            [*mountable, f"{mount} 2>/dev/null; {shlex.join(command)}; {look}"],
+            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        folder = tmp_path / "after" / "run"
+    else:
+        limited = [sys.executable, "-c", LIMITED.format(size * 1024), *command[1:]]
+        done = subprocess.run(limited, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert re.match(r"error: cannot write to output_dir .*small.*MiB free there", line), line
+    left = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if full_from == "second checkpoint":
+        assert "continue with --resume auto" in line
+        assert steps_of(folder) == STEPS
+        assert left == {"config.yaml", "checkpoint", "best.safetensors", "metrics.csv"}
+    else:
+        assert "checkpoint" not in left
+
+
+# --- optimisation ----------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_schedule_is_that_of_pytorch():
+    config = settings.read_config(
+        ["--config", CONFIG, "--lr_schedule", "multistep", "--milestones", "[3,5,8]", "--epochs", "10", "--lr", "0.1",
+         "--warmup_epochs", "0"]
+    )  # fmt: skip
+    optimizers = [torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1) for _ in range(2)]
+    ours = optimise.make_scheduler(config, optimizers[0], steps_per_epoch=4)
+    theirs = torch.optim.lr_scheduler.MultiStepLR(optimizers[1], [12, 20, 32], gamma=0.1)
+    for _ in range(40):
+        assert ours.get_last_lr() == pytest.approx(theirs.get_last_lr())
+        for optimizer, scheduler in zip(optimizers, (ours, theirs), strict=True):
+            optimizer.step()
+            scheduler.step()
+
+
+def test_the_linear_scheme_rises_to_the_drop_rate_and_is_measured(in_process, tmp_path):
+    in_process("--epochs", "4", "--drop_prob", "0.4", "--drop_schedule", "linear", "--output_dir", str(tmp_path / "r"))
+    rows = rows_of(tmp_path / "r")
+    assert [float(row["drop_prob"]) for row in rows] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    # a sub-model of bdropdml loses half of it
+    assert [float(row["drop_rate"]) for row in rows] == pytest.approx([0.05, 0.1, 0.15, 0.2], abs=0.02)
+
+
+def test_a_clipped_gradient_bounds_the_step(in_process, tmp_path):
+    one_step = ["--max_steps", "1", "--momentum", "0", "--weight_decay", "0", "--warmup_epochs", "0", "--lr", "1"]
+    weights = {}
+    for name, norm in (("free", "1e9"), ("clipped", "0.001"), ("still", "1e-12")):
+        in_process(*one_step, "--clip_grad_norm", norm, "--output_dir", str(tmp_path / name))
+        weights[name] = load_file(tmp_path / name / "model.safetensors")
+    trained = [name for name in weights["still"] if "running_" not in name and "num_batches" not in name]
+
+    def length(name: str) -> float:
+        return sum((weights[name][key] - weights["still"][key]).square().sum() for key in trained).sqrt().item()
+
+    assert length("clipped") == pytest.approx(0.001, rel=0.01)
+    assert length("free") > 0.1
+
+
+def test_the_average_follows_the_weights(in_process, tmp_path):
+    """Against the definition: the first step is copied, then ema += (1 - decay) (weights - ema) with timm's warm-up."""
+    for steps in (1, 2):
+        arguments = ["--ema_decay", "0.1", "--max_steps", str(steps), "--output_dir", str(tmp_path / str(steps))]
+        in_process(*arguments)
+    first, second = (load_file(tmp_path / str(steps) / "model.safetensors") for steps in (1, 2))
+    averages = [load_file(tmp_path / str(steps) / "ema.safetensors") for steps in (1, 2)]
+    for name in first:
+        torch.testing.assert_close(averages[0][name], first[name])
+        if first[name].is_floating_point():
+            torch.testing.assert_close(averages[1][name], first[name] + 0.9 * (second[name] - first[name]))
+    rows = rows_of(tmp_path / "2")
+    assert 0 <= float(rows[0]["ema_top1"]) <= 100
+    assert result_of(tmp_path / "2")["top1_ema_last"] == float(rows[0]["ema_top1"])
+
+
+@pytest.mark.parametrize("method", ["bdropdml", "none"])
+@pytest.mark.parametrize(
+    "mixing", [["--mixup", "1"], ["--cutmix", "1"], ["--mixup", "0.5", "--cutmix", "1"]], ids=" ".join
+)
+def test_mixed_images_train_on_mixed_labels(mixing, method, in_process, tmp_path, monkeypatch):
+    targets = []
+    train_on = epoch.train_on
+
+    def listen(*arguments):
+        result = train_on(*arguments)
+        targets.append(result[2])
+        return result
+
+    monkeypatch.setattr(epoch, "train_on", listen)
+    in_process(*mixing, "--method", method, "--epochs", "1", "--output_dir", str(tmp_path / "run"))
+    mixed = torch.cat(targets)
+    assert mixed.shape == (STEPS * 128, 10)
+    torch.testing.assert_close(mixed.sum(1), torch.ones(len(mixed)))
+    assert ((mixed > 0.01).sum(1) == 2).float().mean() > 0.5
+    assert 0 < float(rows_of(tmp_path / "run")[0]["train_top1"]) < 100
+
+
+def test_an_odd_share_cannot_be_mixed(tmp_path, capsys, monkeypatch):
+    line = fails(
+        capsys, monkeypatch, "--config", CONFIG, "--mixup", "1", "--batch_size", "33",
+        "--output_dir", str(tmp_path / "run"),
+    )  # fmt: skip
+    assert "an even number of them for mixup and cutmix" in line
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def test_the_gap_is_that_of_two_forwards(tmp_path):
+    """Against train mode itself, on a network without batch norm, where the masks are all that differs."""
+    config = settings.read_config(
+        ["--config", CONFIG, "--model", "test_convnext", "--model_kwargs", "{}", "--output_dir", str(tmp_path)]
+    )
+    torch.manual_seed(0)
+    network = models.build_model(config, num_classes=10, channels=1)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    images = torch.randn(24, 1, 32, 32)
+    before = torch.get_rng_state()
+    gap = measure.train_inference_gap(network, [(images[:16],), (images[16:],)], lambda batch: batch, seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not network.training
+
+    torch.manual_seed(5)
+    with torch.no_grad():
+        full = network.eval()(images).softmax(1)
+        network.train()
+        parts = [network(batch).chunk(2) for batch in (images[:16], images[16:])]
+    divergence, agreeing = [], []
+    for sub_model in (0, 1):
+        masked = torch.cat([part[sub_model] for part in parts]).softmax(1)
+        divergence.append((full * (full / masked).log()).sum(1))
+        agreeing.append((full.argmax(1) == masked.argmax(1)).float())
+    assert gap["gap_kl"] == pytest.approx(torch.cat(divergence).mean().item(), rel=1e-4)
+    assert gap["gap_agreement"] == pytest.approx(100 * torch.cat(agreeing).mean().item(), abs=1e-4)
+    assert gap["gap_kl"] > 1e-4
+    assert gap["drop_rate"] == pytest.approx(0.1, abs=0.03)
+
+
+def test_measuring_the_gap_changes_nothing(in_process, tmp_path):
+    for images in ("0", "100"):
+        in_process("--epochs", "2", "--gap_images", images, "--output_dir", str(tmp_path / images))
+    without, with_gap = rows_of(tmp_path / "0"), rows_of(tmp_path / "100")
+    assert {row["gap_kl"] for row in without} == {""}
+    assert all(float(row["gap_kl"]) > 0 for row in with_gap)
+    measured = ("gap_kl", "gap_agreement", "drop_rate")
+    same = [[{k: v for k, v in r.items() if k not in measured and "second" not in k} for r in rows]
+            for rows in (without, with_gap)]  # fmt: skip
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("method", ["none", "dropblock", "bdropdml"])
+def test_a_row_has_what_its_method_has(method, in_process, tmp_path):
+    in_process("--method", method, "--epochs", "1", "--output_dir", str(tmp_path / "run"))
+    (row,) = rows_of(tmp_path / "run")
+    pairs = {"train_kl", "train_top1_1", "train_top1_2", "train_agreement"}
+    masked = {"drop_prob", "gap_kl", "gap_agreement", "drop_rate"}
+    empty = {name for name, value in row.items() if value == ""} - {"ema_ce", "ema_top1"}
+    assert empty == {"none": pairs | masked, "dropblock": pairs, "bdropdml": set()}[method]
+    if method == "bdropdml":
+        both = (float(row["train_top1_1"]) + float(row["train_top1_2"])) / 2
+        assert float(row["train_top1"]) == pytest.approx(both)
+        terms = 0.9 * 2 * float(row["train_ce"]) + 0.1 * 9 * float(row["train_kl"])
+        assert float(row["train_loss"]) == pytest.approx(terms, rel=1e-4)
+
+
+def test_the_best_weights_say_which_epoch_they_are_of(in_process, tmp_path):
+    in_process("--epochs", "3", "--output_dir", str(tmp_path / "run"))
+    with safe_open(tmp_path / "run" / "best.safetensors", "pt") as file:
+        about = file.metadata()
+    best = max(rows_of(tmp_path / "run"), key=lambda row: float(row["test_top1"]))
+    assert about == {"epoch": best["epoch"], "test_top1": best["test_top1"]}
+
+
+# --- trackers --------------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_every_number(in_process, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    in_process("--epochs", "2", "--trackers", "[tensorboard]", "--output_dir", str(tmp_path / "run"))
+    events = EventAccumulator(str(tmp_path / "run" / "logs" / "rblock-fx"))
+    events.Reload()
+    rows = rows_of(tmp_path / "run")
+    for name in ("train_loss", "test_top1", "gap_kl", "drop_rate"):
+        logged = [(event.step, event.value) for event in events.Scalars(name)]
+        assert logged == [(int(row["step"]), pytest.approx(float(row[name]))) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("tracker", "message"),
+    [
+        ("tensorbord", "unknown tracker 'tensorbord'; did you mean tensorboard"),
+        ("aim", "trackers: aim is not installed; pip install aim"),
+    ],
+)
+def test_a_tracker_that_is_not_there(tracker, message, tmp_path, capsys, monkeypatch):
+    line = fails(
+        capsys, monkeypatch, "--config", CONFIG, "--trackers", f"[{tracker}]", "--output_dir", str(tmp_path / "run")
+    )
+    assert re.search(message, line), line
+    assert snapshot(tmp_path) == {}
