@@ -124,14 +124,18 @@ def inconsistencies(grid: Grid) -> list[str]:
     problems = []
     for what, names in (("columns", [c.name for c in grid.columns]), ("rows", [r.name for r in grid.rows])):
         problems += [f"{what} is empty; expected at least one"] * (not names)
-        problems += [f"{what}: name {n!r} is no folder name; expected {NAME.pattern}" for n in names if not NAME.fullmatch(n)]
+        problems += [
+            f"{what}: name {n!r} is no folder name; expected {NAME.pattern}" for n in names if not NAME.fullmatch(n)
+        ]
         folded = [name.casefold() for name in names]  # some file systems do not tell cases apart
         twice = sorted({name for name in folded if folded.count(name) > 1})
         problems += [f"{what}: name {name!r} stands there twice" for name in twice]
     if not grid.seeds or len(set(grid.seeds)) < len(grid.seeds) or min(grid.seeds) < 0:
         problems.append(f"seeds is {grid.seeds}; expected different numbers from 0, e.g. [0, 1, 2]")
     if sorted(set(grid.stages)) != grid.stages or any(not 0 < stage <= 1 for stage in grid.stages):
-        problems.append(f"stages is {grid.stages}; expected rising shares of the epochs, e.g. [0.2, 0.4, 0.6, 0.8, 1.0]")
+        problems.append(
+            f"stages is {grid.stages}; expected rising shares of the epochs, e.g. [0.2, 0.4, 0.6, 0.8, 1.0]"
+        )
     for role in ("baseline", "compare"):
         chosen = [row.name for row in grid.rows if getattr(row, role)]
         problems += [f"rows {', '.join(chosen)} all have {role}: true; expected at most one"] * (len(chosen) > 1)
@@ -141,9 +145,12 @@ def inconsistencies(grid: Grid) -> list[str]:
             if got != expected:
                 what = f"a list of {expected}, one per stage" if expected else "one number, as the grid has no stages"
                 problems.append(f"row {row.name}: paper[{name}] is {value}; expected {what}")
-    for cell in (*grid.columns, *grid.rows):
+    cells: list[Column | Row] = [*grid.columns, *grid.rows]
+    for cell in cells:
         taken = sorted(set(cell.set) & set(RESERVED))
-        problems += [f"{cell.name}: set has {', '.join(taken)}, which the sweep itself sets; leave it out"] * bool(taken)
+        problems += [f"{cell.name}: set has {', '.join(taken)}, which the sweep itself sets; leave it out"] * bool(
+            taken
+        )
     return problems
 
 

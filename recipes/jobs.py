@@ -203,7 +203,7 @@ def submitter(cluster: str, options: dict[str, Any], folder: Path) -> Start:
         raise RecipeError(f"cluster {cluster} with {options}: {error}") from error
     here = Path.cwd()
 
-    def start(run: Run, command: Command) -> tuple[str, Path]:
+    def start(_: Run, command: Command) -> tuple[str, Path]:
         job = executor.submit(CommandFunction(command, cwd=here))
         try:
             job.result()

@@ -99,4 +99,6 @@ def read_rows(folder: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [{key: float(cell) for key, cell in row.items() if cell not in ("", None)} for row in csv.DictReader(file)]
+        return [
+            {key: float(cell) for key, cell in row.items() if cell not in ("", None)} for row in csv.DictReader(file)
+        ]

@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 import yaml
 from grid import Grid, Run, differences, find_table, grid_runs, make_grid, plain, read_grid, shown_path
-from jsonargparse import ArgumentParser
 from jobs import Outcome, run_all
+from jsonargparse import ArgumentParser
 from run_folder import write_atomically
 from run_state import Found, look
 from settings import RecipeError, exit_with
@@ -80,7 +80,10 @@ def sweep(options: Options) -> int:
         raise RecipeError(f"cannot write to output_dir {folder}: {error.strerror}") from error
     todo = [(run, command) for run, command, state in zip(runs, commands, found, strict=True) if state.state != "done"]
     counts = Counter(state.state for state in found)
-    print(f"{grid.title}: {len(runs)} runs, {', '.join(f'{count} {state}' for state, count in counts.items())}", flush=True)
+    print(
+        f"{grid.title}: {len(runs)} runs, {', '.join(f'{count} {state}' for state, count in counts.items())}",
+        flush=True,
+    )
     outcomes, interrupted = run_all(todo, options.jobs, options.cluster, options.cluster_options, folder)
     summarise(runs, found, outcomes)
     if options.report and not interrupted:
@@ -174,7 +177,9 @@ def sweep_record(grid: Grid, runs: list[Run], options: Options) -> dict[str, Any
     launch += ["--", *options.extra] * bool(options.extra)
     cells: dict[str, dict[str, Any]] = {}
     for run in runs:
-        settings = {key: value for key, value in plain(run.config).items() if key not in ("output_dir", "seed", "resume")}
+        settings = {
+            key: value for key, value in plain(run.config).items() if key not in ("output_dir", "seed", "resume")
+        }
         cells.setdefault(run.column, {})[run.row] = settings
     return {"command": shlex.join(launch), "grid": asdict(grid), "extra": options.extra, "cells": cells}
 
@@ -192,7 +197,9 @@ def refuse_other_sweep(folder: Path, record: dict[str, Any]) -> None:
         before = yaml.safe_load(path.read_text())
         seeds, cells = before["grid"]["seeds"], before["cells"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise RecipeError(f"{path} cannot be read ({type(error).__name__}); move it away: mv {path} {path}.old") from error
+        raise RecipeError(
+            f"{path} cannot be read ({type(error).__name__}); move it away: mv {path} {path}.old"
+        ) from error
     lost = [f"seed {seed}" for seed in seeds if seed not in record["grid"]["seeds"]]
     for column, rows in cells.items():
         for row, settings in rows.items():
