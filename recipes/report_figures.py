@@ -10,14 +10,14 @@ import numpy as np
 from collect import Runs
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 from run_folder import write_atomically
 from seed_stats import summarise
 
 # Okabe and Ito's colours, told apart with any colour vision; beyond them the line style changes, too
-COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#8C6D31")
+COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#8C6D31", "#7F7F7F")
 STYLES = ("-", "--", ":")
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*p"
 
 
 def style_of(index: int) -> dict[str, Any]:
@@ -87,11 +87,11 @@ def zoom(axes: Axes, runs: Runs, column: str, key: str) -> None:
     axes.set_ylim(low - margin, min(100.5, high + margin))
 
 
-def legend(figure: Figure, axes: Axes, ends: dict[str, float]) -> None:
+def legend(figure: Figure, axes: Axes, ends: dict[str, float], digits: int = 2) -> None:
     """Outside, in the order in which the curves end, highest first, with the value there."""
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: -ends[labels[i]])
-    texts = [f"{labels[i]}  {ends[labels[i]]:.4g}" for i in order]
+    texts = [f"{labels[i]}  {ends[labels[i]]:.{digits}f}" for i in order]
     figure.legend(
         [handles[i] for i in order], texts, loc="outside right center", fontsize=8, title="at the end", title_fontsize=8
     )
@@ -171,6 +171,7 @@ def draw_cost(runs: Runs, column: str) -> tuple[Figure, str] | None:
         zoom(axes, runs, column, "test_top1")
         axes.set(xlabel=name, ylabel="best test top-1 so far (%)")
         axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     legend(figure, panels[0], ends)
     text = (
         "Equal cost: the best test top-1 so far against "
@@ -195,7 +196,10 @@ def draw_gap(runs: Runs, column: str) -> tuple[Figure, str] | None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if key == "gap_kl":
             axes.set_yscale("log")
-    legend(figure, panels[0], ends)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+    legend(figure, panels[0], ends, digits=4 if there[0][0] == "gap_kl" else 2)
     text = (
         "The train/inference gap on held-out images: how far a sub-model, masks on, is from the full network, masks "
         "off; mean over seeds, the band from the lowest to the highest seed. Plain training has no masks and no gap."

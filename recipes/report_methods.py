@@ -28,8 +28,8 @@ def methods_part(runs: Runs) -> list[str]:
                 "- **Top-1** is the share of test images whose class the full network, masks off, gets right.",
                 "- **sd** is the sample standard deviation over seeds (divisor n - 1); of one seed there is none.",
                 f"- **95 % interval** of a mean: percentile bootstrap over seeds, {RESAMPLES} resamples "
-                "(scipy.stats.bootstrap). Of fewer than three seeds there is none; of seeds that are all equal it has no "
-                "width; of three to ten it is narrower than it should be.",
+                "(scipy.stats.bootstrap). Of fewer than three seeds there is none; of seeds that are all equal it has "
+                "no width; of three to ten it is narrower than it should be.",
                 "- **Tests**: paired t-test over the seeds that both methods have (scipy.stats.ttest_rel), two-sided; "
                 f"the interval of the difference is its {100 * CONFIDENCE:g} % t interval. With one common seed, or "
                 "where all differences are equal, there is no test.",
