@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from grid import Grid, Run, differences, find_table, grid_runs, make_grid, plain, read_grid, shown_path
+from grid import PER_RUN, Grid, Run, differences, find_table, grid_runs, make_grid, plain, read_grid, shown_path
 from jobs import Outcome, run_all
 from jsonargparse import ArgumentParser
 from run_folder import write_atomically
@@ -207,7 +207,7 @@ def refuse_other_sweep(folder: Path, record: dict[str, Any]) -> None:
             if now is None:
                 lost.append(f"{column}/{row}")
             else:
-                changed = differences(settings, now)
+                changed = differences(settings, now, PER_RUN)
                 lost += [f"{column}/{row} with other settings: {', '.join(changed)}"] * bool(changed)
     if lost:
         raise RecipeError(
