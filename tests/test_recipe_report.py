@@ -59,7 +59,7 @@ def test_a_summary_is_the_textbooks(values):
 
 @given(st.lists(PERCENT, min_size=3, max_size=5))
 def test_the_bootstrap_interval_is_that_of_all_resamples(values):
-    """Of few seeds every resample can be listed: below the bounds lie 2.5 % and 97.5 % of them, to the drawing's error."""
+    """Of few seeds every resample can be listed: below the bounds lie 2.5 % and 97.5 %, to the drawing's error."""
     means = [sum(drawn) / len(values) for drawn in itertools.product(values, repeat=len(values))]
     low, high = seed_stats.summarise(values).interval
     for bound, share in ((low, 0.025), (high, 0.975)):
