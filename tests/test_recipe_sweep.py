@@ -12,8 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
 
+from rblock_fx import apply_rblock, describe
 from tests.recipe_folders import CONFIG, write_run, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -428,3 +430,14 @@ def test_what_submitit_does_not_take_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)  # as if it were not installed
     with pytest.raises(settings.RecipeError, match=r"pip install 'rblock-fx\[slurm\]'"):
         sweep.sweep(options(path, "--cluster", "local"))
+
+
+def test_the_other_architectures_carry_masks_on_maps_that_have_blocks():
+    grid = grids.read_grid(grids.find_table("ablation_architectures"))
+    shape = (3, 32, 32)
+    for column in grid.columns:
+        model = timm.create_model(column.set["model"], num_classes=100, in_chans=3, **column.set["model_kwargs"])
+        apply_rblock(model, method="sdropdml", drop_prob=0.2, block_size=3, input_size=shape)
+        maps = re.findall(r"\d+x(\d+)x(\d+) ", str(describe(model)).split("---\n")[1])
+        assert maps == [("4", "4")] * 2
+    assert len(grid.columns) == 5
