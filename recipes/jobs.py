@@ -64,7 +64,7 @@ def run_all(
     workers = max(1, len(todo)) if cluster == "slurm" and jobs == 1 else jobs
     outcomes: dict[str, Outcome] = {}
     interrupted = False
-    with ThreadPoolExecutor(workers) as pool, sigterm_as_interrupt():
+    with ThreadPoolExecutor(workers) as pool, signals_as_interrupt():
         pending = {pool.submit(run_once, run, command, start): run for run, command in todo}
         try:
             while pending:
@@ -215,8 +215,8 @@ def submitter(cluster: str, options: dict[str, Any], folder: Path) -> Start:
 
 
 @contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """End as by Ctrl-C when the machine's owner or a scheduler asks."""
+def signals_as_interrupt() -> Iterator[None]:
+    """End as by Ctrl-C when the machine's owner or a scheduler asks, in a shell's background as well."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -224,8 +224,10 @@ def sigterm_as_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    # SIGINT, too: a shell starts what runs in its background with SIGINT ignored, and the runs would inherit that
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

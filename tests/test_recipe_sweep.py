@@ -373,7 +373,8 @@ def test_an_exit_without_a_result_is_a_failure(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("all is well") == 4
 
 
-def test_ctrl_c_lets_the_runs_save(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_ctrl_c_lets_the_runs_save(tmp_path, number):
     """The real command in a process of its own; SIGINT reaches the training process, which writes and ends."""
     path = write_table(tmp_path / "t.yaml")
     folder = tmp_path / "t" / "digits" / "plain" / "seed0"
@@ -392,14 +393,18 @@ def test_ctrl_c_lets_the_runs_save(tmp_path):
         f"sweep.command_of = lambda run, _: [*{launch!r}, {sys.executable!r}, {str(script)!r}]\nsweep.main()\n"
     )
     process = subprocess.Popen(
-        [sys.executable, str(starter), str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", sys.executable, str(starter), str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     )
     deadline = time.monotonic() + 60
     while not (folder / "started").exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert (folder / "checkpoint").is_dir()  # it was given the time to save
