@@ -99,7 +99,9 @@ class Config:
         if not self.output_dir:
             raise RecipeError("output_dir is empty; expected a folder, e.g. --output_dir runs/digits")
         if self.lr_schedule == "multistep" and not self.milestones:
-            raise RecipeError("lr_schedule multistep has no milestones; expected epochs, e.g. --milestones [75,130,180]")
+            raise RecipeError(
+                "lr_schedule multistep has no milestones; expected epochs, e.g. --milestones [75,130,180]"
+            )
         if sorted(set(self.milestones)) != self.milestones or any(epoch < 1 for epoch in self.milestones):
             raise RecipeError(
                 f"milestones is {self.milestones}; expected rising epochs from 1, e.g. --milestones [75,130,180]"

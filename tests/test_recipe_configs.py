@@ -41,8 +41,8 @@ def data_dirs(tmp_path_factory) -> dict[str, Path]:
     """A folder for each data set, and one whose sitecustomize tells torchvision the checksums of the CIFAR files."""
     root = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        files.write_cifar(root / "cifar", CIFAR10, patch, count=40)
-        files.write_cifar(root / "cifar", CIFAR100, patch, count=200)
+        files.write_cifar(root / "cifar", CIFAR10, patch, count=60)
+        files.write_cifar(root / "cifar", CIFAR100, patch, count=300)
         sums = [repr(value) for kind in (CIFAR10, CIFAR100) for value in (kind.train_list, kind.test_list, kind.meta)]
     (root / "site").mkdir()
     (root / "site" / "sitecustomize.py").write_text(PATCH.format(*sums))
