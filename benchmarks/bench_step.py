@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace) -> list[harness.Row]:
     names = options.models or (QUICK_MODELS if options.quick else MODELS)
     wanted = options.methods or (("two forwards", "R-Block, last two") if options.quick else METHODS)
     methods = list(dict.fromkeys(["plain", *wanted]))
-    rounds = options.rounds or (3 if options.quick else 11)
+    rounds = options.rounds or (2 if options.quick else 11)
     rows = []
     for name in names:
         settings = MODELS[name]

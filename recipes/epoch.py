@@ -1,6 +1,7 @@
 """One epoch of training: from where a launch before left it to its end, to a checkpoint, or to a wish to stop."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def train_epoch(
     last = min(run.steps_per_epoch, run.total_steps - epoch * run.steps_per_epoch)
     if state.epoch_steps == last:  # stopped between the last step and the evaluation
         return False
-    bar = progress.add_task(f"epoch {epoch + 1}/{config.epochs}", total=last, completed=state.epoch_steps, rate="")
+    bar = progress.add_task(f"epoch {epoch + 1}/{config.epochs}", total=last, completed=state.epoch_steps, told="")
     meter = Meter(state, accelerator, run.criterion)
     run.model.train()
     for images, targets in epoch_batches(run, loader, state):
@@ -32,7 +33,8 @@ def train_epoch(
         state.epoch_steps += 1
         after_step(run, run.step(state))
         rate = state.epoch_steps * config.batch_size / meter.seconds
-        progress.update(bar, completed=state.epoch_steps, rate=f"{rate:,.0f} images/s")
+        left = timedelta(seconds=round((run.total_steps - run.step(state)) * config.batch_size / rate))
+        progress.update(bar, completed=state.epoch_steps, told=f"{rate:,.0f} images/s, {left} left in all")
         at_end = state.epoch_steps == last
         due = config.checkpoint_steps is not None and run.step(state) % config.checkpoint_steps == 0
         if not (at_end or due or accelerator.device.type == "cpu" or state.epoch_steps % DEVICE_STEPS == 0):

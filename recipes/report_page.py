@@ -13,7 +13,7 @@ from markdown_it.token import Token
 
 STYLE = """
 :root { color-scheme: light dark; --edge: #8886; --soft: #8881; }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 74rem; margin: 0 auto; padding: 1rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--edge); }
 nav { background: var(--soft); border-radius: .5rem; padding: .6rem 1rem; }
 nav ul { list-style: none; margin: 0; padding: 0; columns: 16rem; }

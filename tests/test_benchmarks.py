@@ -15,12 +15,13 @@ import torch
 from benchmarks import harness, readme
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["rate", "convert", "masks", "step"]
+SCRIPTS = ["rate", "convert", "masks", "step", "profile"]
 SHARED_OPTIONS = ["--help", "--quick", "--rounds", "--threads", "--seed", "--device", "--output", "--show"]
 OPTIONS = {
     "rate": ["--standard-error"],
     "convert": ["--models"],
     "masks": ["--dtypes", "--channels_last"],
+    "profile": ["--dtypes"],
     "step": ["--models", "--modes", "--methods", "--batch", "--channels_last", "--autocast"],
 }
 
