@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from run_folder import FREE_ON_RESUME
 from settings import Config, RecipeError, near, read_config
 
 RECIPES = Path(__file__).resolve().parent
 TABLES = RECIPES / "tables"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")  # a column's or row's name is a folder's name, too
-PER_RUN = {"output_dir", "resume", "seed", "num_workers"}  # settings that do not make it another experiment
+PER_RUN = FREE_ON_RESUME - {"epochs", "max_steps"} | {"seed"}  # settings that do not make it another experiment
 RESERVED = ("config", "output_dir", "seed", "resume")  # the sweep sets these itself
 
 

@@ -242,5 +242,6 @@ def cost_part(runs: Runs, column: str) -> list[str]:
     return [
         table(header, lines),
         "Mean ± sd over seeds; wall time with evaluation, but without measuring the gap, divided by plain training's "
-        f"of the same seed. Runs that shared a machine (--jobs) slowed each other, so compare times only of runs made alike.{where}",
+        "of the same seed. Runs that shared a machine (--jobs) slowed each other, so compare times only of runs made "
+        f"alike.{where}",
     ]
