@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import settings
 import torch
 import train
 from accelerate.state import AcceleratorState, GradientState
+from training import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"

@@ -9,15 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import epoch
-import measure
-import models
-import optimise
 import pytest
-import settings
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from training import epoch, measure, models, optimise, settings
 
 from tests.recipe_tools import (
     CONFIG,
