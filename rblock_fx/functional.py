@@ -11,9 +11,8 @@ so that mask_i = (1 - channel_i * spatial_i) * scale_i. Where activations are dr
 (K, N, C, *S) and `spatial` is 1; else no tensor of (N, C, *S) is ever saved for backward.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -130,32 +129,30 @@ def _chunk_by_chunk(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor, 
     else:
         inner, outer = (channel, spatial) if channels_inside else (spatial, channel)
         masks = _masks_of_rows(inner, outer, scale, tuple(x.shape[1:]), channels_inside, step)
-    for xs, outs, masks_here in zip(_split(source, step), _split(target, step), masks, strict=True):
-        xs = xs.to(scale.dtype)
-        if operation == "join":
-            _sum_of_products(xs, masks_here, outs[0])
+    sources, targets = _pieces(source, step, parts), _pieces(target, step, parts)
+    total = scale  # of a sum over parts, where it is rounded to another dtype in the end
+    # Each line here is run once per part and chunk, beside which the work of a chunk is not much: few operations.
+    for chunk, part, mask in masks:
+        piece, out = sources[part][chunk], targets[part][chunk]
+        adds = operation == "join" and part > 0
+        if out.dtype == mask.dtype:
+            out.addcmul_(piece, mask) if adds else torch.mul(piece, mask, out=out)
+            continue
+        if operation != "fork" or part == 0:
+            wide = piece.to(mask.dtype)
+        if operation != "join":
+            out.copy_(mask.mul_(wide))  # the mask is not needed after this
         else:
-            for part, mask in enumerate(masks_here):
-                _sum_of_products(_part(xs, part)[None], [mask], outs[part])
+            total = total.addcmul_(wide, mask) if adds else wide.mul_(mask)
+            if part == parts - 1:
+                out.copy_(total)
     return result
-
-
-def _sum_of_products(xs: Tensor, masks: Iterable[Callable[[], Tensor]], out: Tensor) -> None:
-    """Write the sum of x * mask over parts, computed in the dtype of the masks; each mask is made when it is due."""
-    total = None
-    for x, mask in zip(xs, masks, strict=True):
-        if total is None:
-            total = torch.mul(x, mask(), out=out if out.dtype == x.dtype else None)
-        else:
-            total.addcmul_(x, mask())
-    if total is not None and total is not out:
-        out.copy_(total)
 
 
 def _masks_of_rows(
     inner: Tensor, outer: Tensor, scale: Tensor, shape: tuple[int, ...], channels_inside: bool, step: int
-) -> Iterator[list[Callable[[], Tensor]]]:
-    """Give, for every `step` samples, what makes their mask of (step, C * S) for each part, in the order of the memory.
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Give, for every chunk of `step` samples and every part, its mask of (step, C * S) in the order of the memory.
 
     A row of a mask, along the inner axes of the memory, is one of two: the scale throughout, or the scale with holes.
     Both are made once for each sample, and the factor of the outer axes says which one a row is: copying whole rows is
@@ -167,31 +164,30 @@ def _masks_of_rows(
     holes = (scale * (1 - inner.flatten(2).to(scale.dtype))).expand(parts, rows, inner_size)
     either = torch.stack((scale.expand_as(holes), holes), 2).view(parts, 2 * rows, inner_size).unbind(0)
     first_row = torch.arange(0, 2 * rows, 2, dtype=torch.int32, device=scale.device).view(1, rows, 1)
-    which = (outer.flatten(2).to(torch.int32) + first_row).expand(parts, rows, outer_size).reshape(parts, -1)
+    which = (outer.flatten(2).to(torch.int32) + first_row).expand(parts, rows, outer_size).flatten(1)
     buffer = scale.new_empty((min(step, rows) * outer_size, inner_size))
+    masks = buffer.view(-1, outer_size * inner_size)
+    for chunk, chosen in enumerate(zip(*_pieces(which, step * outer_size, parts), strict=True)):
+        if len(chosen[0]) < len(buffer):  # the last one
+            buffer, masks = buffer[: len(chosen[0])], masks[: len(chosen[0]) // outer_size]
+        for part in range(parts):
+            torch.index_select(either[part], 0, chosen[part], out=buffer)
+            yield chunk, part, masks
 
-    def gathered(part: int, chosen: Tensor) -> Tensor:
-        mask = torch.index_select(either[part], 0, chosen, out=buffer[: len(chosen)])
-        return mask.view(-1, math.prod(shape))
 
-    for chunk in _split(which, step * outer_size):
-        yield [functools.partial(gathered, part, chosen) for part, chosen in enumerate(chunk)]
-
-
-def _masks_of_activations(dropped: Tensor, scale: Tensor, step: int) -> Iterator[list[Callable[[], Tensor]]]:
+def _masks_of_activations(dropped: Tensor, scale: Tensor, step: int) -> Iterator[tuple[int, int, Tensor]]:
     """Give the same where single activations are dropped, (K, N, C, *S)."""
-    dropped = dropped.flatten(2).expand(scale.shape[0], -1, -1)
-    for holes, kept in zip(_split(dropped, step), _split(scale, step), strict=True):
-        yield [functools.partial(_with_holes, *factors) for factors in zip(holes, kept, strict=True)]
+    parts = scale.shape[0]
+    factors = zip(*_pieces(dropped.flatten(2), step, parts), *_pieces(scale, step, parts), strict=True)
+    for chunk, pieces in enumerate(factors):
+        for part in range(parts):
+            yield chunk, part, torch.where(pieces[part], 0.0, pieces[parts + part])
 
 
-def _with_holes(dropped: Tensor, scale: Tensor) -> Tensor:
-    return torch.where(dropped, 0.0, scale)
-
-
-def _split(factor: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Cut (K, N, ...) into pieces of (K, size, ...)."""
-    return factor.split(size, 1)  # type: ignore[no-untyped-call,no-any-return]
+def _pieces(factor: Tensor, size: int, parts: int) -> list[tuple[Tensor, ...]]:
+    """Cut (K, N, ...) into pieces of (size, ...) for each part, where all parts may share one."""
+    pieces = [part.split(size) for part in factor.unbind(0)]  # type: ignore[no-untyped-call]
+    return pieces * parts if len(pieces) == 1 else pieces
 
 
 def _part(factor: Tensor, part: int) -> Tensor:
