@@ -11,13 +11,13 @@ import sys
 from argparse import ArgumentError
 from pathlib import Path
 
-from collect import collect
 from jsonargparse import ArgumentParser
-from report_figures import draw_figures
-from report_page import to_html
-from report_text import report_text
-from run_folder import write_atomically
-from settings import RecipeError, exit_with
+from reporting.collect import collect
+from reporting.figures import draw_figures
+from reporting.page import to_html
+from reporting.text import report_text
+from training.run_folder import write_atomically
+from training.settings import RecipeError, exit_with
 
 
 def main() -> None:

@@ -20,12 +20,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from grid import PER_RUN, Grid, Run, differences, find_table, grid_runs, make_grid, plain, read_grid, shown_path
-from jobs import Outcome, run_all
 from jsonargparse import ArgumentParser
-from run_folder import write_atomically
-from run_state import Found, look
-from settings import RecipeError, exit_with
+from sweeping.grid import (
+    PER_RUN,
+    Grid,
+    Run,
+    differences,
+    find_table,
+    grid_runs,
+    make_grid,
+    plain,
+    read_grid,
+    shown_path,
+)
+from sweeping.jobs import Outcome, run_all
+from sweeping.run_state import Found, look
+from training.run_folder import write_atomically
+from training.settings import RecipeError, exit_with
 
 SWEEP_FILE = "sweep.yaml"
 

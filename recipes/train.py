@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast, broadcast_object_list, set_seed
-from data import load_data
-from epoch import train_epoch
-from loaders import held_out, make_loaders
-from measure import Row, evaluate, train_inference_gap, training_row
-from models import build_model
-from optimise import learning_rate
-from results import best_top1, line_of, start_folder, write_results, write_weights
+from image_data import load_data
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from run import Run, make_accelerator, prepare_run
-from run_folder import State, load_checkpoint, open_run, save_checkpoint, write_metrics, writing
-from settings import Config, RecipeError, exit_with, read_config
-from stopping import listening
+from training.epoch import train_epoch
+from training.loaders import held_out, make_loaders
+from training.measure import Row, evaluate, train_inference_gap, training_row
+from training.models import build_model
+from training.optimise import learning_rate
+from training.results import best_top1, line_of, start_folder, write_results, write_weights
+from training.run import Run, make_accelerator, prepare_run
+from training.run_folder import State, load_checkpoint, open_run, save_checkpoint, write_metrics, writing
+from training.settings import Config, RecipeError, exit_with, read_config
+from training.stopping import listening
 
 from rblock_fx import RBlockError, describe
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,10 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import settings
 import torch
 import train
 from accelerate.state import AcceleratorState, GradientState
+from training import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
@@ -83,3 +84,78 @@ def kill_tree(process: subprocess.Popen) -> None:
     for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         victim.kill()
     process.wait()
+
+
+SERVER = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import train
+for line in sys.stdin:
+    request = json.loads(line)
+    pids = []
+    for environment in request["environments"]:
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(environment)
+            sys.argv = ["train.py", *request["arguments"]]
+            output = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            code = 1
+            try:
+                train.main()
+                code = 0
+            except SystemExit as ending:
+                code = ending.code
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    print(json.dumps(pids), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+"""
+
+
+class RecipeServer:
+    """Starts the recipe as one process or as several ranks that find each other as under torchrun.
+
+    Each is a process of its own, forked from one that has imported everything, which is what most of a launch waits
+    for: so that a test can kill a run ten times.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "recipe.log"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(RECIPES)], cwd=ROOT, env=ENVIRONMENT,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def start(self, processes: int, *arguments: str) -> list[int]:
+        """Start a run, and give the pids of its ranks."""
+        environments: list[dict[str, str]] = [{}]
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = str(free.getsockname()[1])
+            environments = [
+                {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": port,
+                 "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+                for rank in range(processes)
+            ]  # fmt: skip
+        request = {"environments": environments, "arguments": arguments, "log": str(self.log)}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def wait(self) -> list[int]:
+        """The exit codes of the ranks; -9 of one that was killed."""
+        return json.loads(self.process.stdout.readline())
+
+    def run(self, processes: int, *arguments: str) -> None:
+        """A run from its start to its end."""
+        self.start(processes, *arguments)
+        assert self.wait() == [0] * processes, self.log.read_text()
+
+    def close(self) -> None:
+        """End the process that forks."""
+        self.process.stdin.close()
+        self.process.wait()

@@ -12,18 +12,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
-import data as recipe_data
-import loaders
-import optimise
+import image_data as recipe_data
 import pytest
-import run as recipe_run
-import run_folder
-import settings
 import timm
 import torch
 import train
+import training.run as recipe_run
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
+from training import loaders, optimise, run_folder, settings
 
 from tests.recipe_tools import (
     CONFIG,
@@ -207,8 +204,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 import train
 from rblock_fx import remove_rblock
-from run_folder import State
-from settings import read_config
+from training.run_folder import State
+from training.settings import read_config
 
 config, out = read_config(sys.argv[2:]), sys.argv[1]
 found = {}

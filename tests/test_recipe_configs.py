@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import create_model
 from safetensors.torch import load_file
-from settings import Config, read_config
 from torchvision.datasets import CIFAR10, CIFAR100
+from training.models import create_model
+from training.settings import Config, read_config
 
 from tests import recipe_files as files
 from tests.recipe_tools import ENVIRONMENT, ONE_PROCESS, RECIPES, ROOT, result_of, rows_of

@@ -12,21 +12,21 @@ import socket
 import threading
 from pathlib import Path
 
-import augment
-import data as recipe_data
-import data_folders
-import data_memory
-import data_splits
+import image_data as recipe_data
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_data import augment
+from image_data import folders as data_folders
+from image_data import memory as data_memory
+from image_data import splits as data_splits
 from PIL import Image
 from scipy.stats import chisquare
-from settings import Config, RecipeError
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
+from training.settings import Config, RecipeError
 
 from tests import recipe_files as files
 
@@ -722,7 +722,7 @@ def test_torchvision_set_by_timms_name(tmp_path, monkeypatch):
 
 def test_torchvision_set_without_a_list_of_labels(monkeypatch, tmp_path):
     pairs = [(Image.new("L", (8, 8), index), index % 3) for index in range(9)]
-    import data_timm
+    from image_data import timm_sets as data_timm
 
     monkeypatch.setattr(data_timm, "create_dataset", lambda *_, **__: pairs)
     data = load("torch/thing", tmp_path)

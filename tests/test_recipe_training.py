@@ -1,6 +1,7 @@
 """What people expect of a training script: kills, signals, schedules, averages, trackers, what it measures."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -9,23 +10,22 @@ import sys
 import time
 from pathlib import Path
 
-import epoch
-import measure
-import models
-import optimise
+import psutil
 import pytest
-import settings
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from training import epoch, measure, models, optimise, settings
 
 from tests.recipe_tools import (
     CONFIG,
     ENVIRONMENT,
+    ONE_PROCESS,
     ROOT,
     SCRIPT,
     TINY,
     TWO_PROCESSES,
+    RecipeServer,
     fails,
     kill_tree,
     launch,
@@ -35,7 +35,6 @@ from tests.recipe_tools import (
     snapshot,
 )
 
-PROCESSES = {"one process": [sys.executable], "two processes": TWO_PROCESSES}
 EVERYTHING = [  # whatever carries state from step to step
     *TINY, "--epochs", "6", "--ema_decay", "0.9", "--mixup", "0.2", "--accumulate_steps", "2",
     "--drop_schedule", "linear", "--clip_grad_norm", "1", "--warmup_epochs", "1",
@@ -49,11 +48,11 @@ def in_process():
         yield run
 
 
-def start(launcher: list[str], *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*launcher, *SCRIPT, *arguments], cwd=ROOT, env=ENVIRONMENT,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    running = RecipeServer(tmp_path_factory.mktemp("server"))
+    yield running
+    running.close()
 
 
 def steps_of(folder: Path) -> int:
@@ -67,12 +66,12 @@ def steps_of(folder: Path) -> int:
     return 0
 
 
-def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen) -> None:
-    while process.poll() is None:
+def wait_for_steps(folder: Path, steps: int, pid: int) -> None:
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         if steps_of(folder) >= steps:
             return
         time.sleep(0.005)
-    raise AssertionError(f"the run ended early: {process.communicate()[0]}")
+    raise AssertionError("the run ended early")
 
 
 def assert_equal_runs(one: Path, two: Path) -> None:
@@ -88,52 +87,67 @@ def assert_equal_runs(one: Path, two: Path) -> None:
 # --- ends and beginnings ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=PROCESSES)
-def uninterrupted(request, tmp_path_factory) -> tuple[list[str], Path]:
-    """A launcher, and the run that it makes when nothing comes between."""
-    launcher, folder = PROCESSES[request.param], tmp_path_factory.mktemp("uninterrupted") / "run"
+@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+def uninterrupted(request, tmp_path_factory) -> tuple[int, Path]:
+    """A number of processes, and the run that they make, launched as users do, when nothing comes between."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    launcher = {1: ONE_PROCESS, 2: TWO_PROCESSES}[request.param]
     launch([*launcher, *SCRIPT, *EVERYTHING, "--output_dir", str(folder)])
-    assert result_of(folder)["num_processes"] == (2 if launcher == TWO_PROCESSES else 1)
-    return launcher, folder
+    assert result_of(folder)["num_processes"] == request.param
+    return request.param, folder
 
 
-def test_a_run_killed_at_ten_random_moments_gives_the_very_same_weights(uninterrupted, tmp_path):
-    launcher, whole = uninterrupted
-    arguments = [*EVERYTHING, "--checkpoint_steps", "1", "--resume", "auto", "--output_dir", str(tmp_path / "run")]
+def test_a_run_killed_at_ten_random_moments_gives_the_very_same_weights(uninterrupted, server, tmp_path):
+    processes, whole = uninterrupted
+    run = tmp_path / "run"
+    arguments = [*SCRIPT[1:], *EVERYTHING, "--checkpoint_steps", "1", "--resume", "auto", "--output_dir", str(run)]
     moments = random.Random(0)
     for _ in range(10):
-        process = start(launcher, *arguments)
+        pids = server.start(processes, *arguments)
         try:
-            wait_for_steps(tmp_path / "run", steps_of(tmp_path / "run") + 1, process)
+            wait_for_steps(run, steps_of(run) + 1, pids[0])
             time.sleep(moments.uniform(0, 0.3))  # into a step, an evaluation, or the writing of a checkpoint
-            assert process.poll() is None
         finally:
-            kill_tree(process)
-    assert not (tmp_path / "run" / "result.json").exists()
-    launch([*launcher, *SCRIPT, *arguments])
-    assert_equal_runs(tmp_path / "run", whole)
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            codes = server.wait()
+        assert codes == [-signal.SIGKILL] * processes
+    assert not (run / "result.json").exists()
+    server.run(processes, *arguments)
+    assert_equal_runs(run, whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_lets_the_step_finish_and_saves(uninterrupted, number, tmp_path):
-    launcher, whole = uninterrupted
-    arguments = [*EVERYTHING, "--resume", "auto", "--output_dir", str(tmp_path / "run")]
-    process = start(launcher, *arguments, "--checkpoint_steps", str(STEPS + 2))
+def test_a_signal_lets_the_step_finish_and_saves(uninterrupted, number, server, tmp_path):
+    processes, whole = uninterrupted
+    run = tmp_path / "run"
+    arguments = [*SCRIPT[1:], *EVERYTHING, "--resume", "auto", "--output_dir", str(run)]
+    pids = server.start(processes, *arguments, "--checkpoint_steps", str(STEPS + 2))
+    wait_for_steps(run, STEPS + 2, pids[0])
+    os.kill(pids[-1], number)  # one of them is told, and all of them end
+    assert server.wait() == [0] * processes
+    told = re.findall(r"stopped at step (\d+) and saved; --resume auto goes on from there", server.log.read_text())
+    assert steps_of(run) == int(told[-1]) >= STEPS + 2
+    assert not (run / "result.json").exists()
+    server.run(processes, *arguments)
+    assert_equal_runs(run, whole)
+
+
+def test_torchrun_passes_a_signal_on(tmp_path):
+    command = [*TWO_PROCESSES, *SCRIPT, *EVERYTHING, "--checkpoint_steps", "2", "--output_dir", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
-        wait_for_steps(tmp_path / "run", STEPS + 2, process)
-        process.send_signal(number)  # to the launcher, which passes it on
+        wait_for_steps(tmp_path / "run", 2, process.pid)
+        process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=120)
     finally:
         if process.poll() is None:
             kill_tree(process)
-    told = re.search(r"stopped at step (\d+) and saved; --resume auto goes on from there", printed)
+    told = re.search(r"stopped at step (\d+) and saved", printed)
     assert told, printed
-    assert steps_of(tmp_path / "run") == int(told[1]) >= STEPS + 2
-    assert not (tmp_path / "run" / "result.json").exists()
-    if launcher != TWO_PROCESSES:  # torchrun reports the signal that it got as its own end
-        assert process.returncode == 0
-    launch([*launcher, *SCRIPT, *arguments])
-    assert_equal_runs(tmp_path / "run", whole)
+    assert steps_of(tmp_path / "run") == int(told[1])
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(in_process, tmp_path):

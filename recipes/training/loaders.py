@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from data import ImageData
-from settings import Config, RecipeError
+from image_data import ImageData
 from torch.utils.data import DataLoader, Subset
+
+from training.settings import Config, RecipeError
 
 
 def make_loaders(config: Config, data: ImageData, accelerator: Accelerator) -> tuple[Any, Any, int]:

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from collect import Runs, shared_settings
-from seed_stats import CONFIDENCE, RESAMPLES
+from reporting.collect import Runs, shared_settings
+from reporting.seed_stats import CONFIDENCE, RESAMPLES
 
 DASH = "-"
 

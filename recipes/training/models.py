@@ -5,12 +5,12 @@ from typing import Any
 
 import timm
 import torch
-from settings import Config, RecipeError, near
 from timm.layers.classifier import ClassifierHead
 from timm.models.vgg import ConvMlp
 from torch import Tensor, nn
 
 from rblock_fx import apply_rblock
+from training.settings import Config, RecipeError, near
 
 
 def with_small_stem(model: Any) -> nn.Module:

@@ -4,10 +4,11 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from collect import Runs, completing
-from grid import Row
-from report_methods import DASH, methods_part, table
-from seed_stats import best_until, compare, holm, summarise
+from sweeping.grid import Row
+
+from reporting.collect import Runs, completing
+from reporting.methods import DASH, methods_part, table
+from reporting.seed_stats import best_until, compare, holm, summarise
 
 BEST, LAST = ("top1_best", "best epoch"), ("top1_last", "last epoch")
 

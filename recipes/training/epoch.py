@@ -5,12 +5,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from meter import Meter
 from rich.progress import Progress
-from run import Run
-from run_folder import State, save_checkpoint
-from settings import Config, RecipeError
 from torch import Tensor
+
+from training.meter import Meter
+from training.run import Run
+from training.run_folder import State, save_checkpoint
+from training.settings import Config, RecipeError
 
 DEVICE_STEPS = 20  # steps between two looks at the losses on a GPU, each of which waits for it
 

@@ -7,14 +7,15 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-from data_fetch import BROKEN, downloading, fetch_folder, folder_of, missing, staging
-from data_splits import ImageData, ImageTensors, chosen, normaliser
-from settings import Config, RecipeError
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.v2 import functional as tv
+from training.settings import Config, RecipeError
+
+from image_data.fetch import BROKEN, downloading, fetch_folder, folder_of, missing, staging
+from image_data.splits import ImageData, ImageTensors, chosen, normaliser
 
 Pair = tuple[Tensor, Tensor]  # images (N, C, H, W) and labels (N,)
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from curves import draw_curves
-from data import ImageData
-from measure import Row
-from run_folder import write_atomically, write_metrics, writing
+from image_data import ImageData
 from safetensors.torch import save_file
-from settings import Config, to_yaml
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
+
+from training.curves import draw_curves
+from training.measure import Row
+from training.run_folder import write_atomically, write_metrics, writing
+from training.settings import Config, to_yaml
 
 
 def line_of(row: Row, epochs: int) -> str:

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from augment import draw_shifts, private_random, seed_of, shift_and_flip
 from PIL import Image
-from settings import Config, RecipeError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tv
+from training.settings import Config, RecipeError
+
+from image_data.augment import draw_shifts, private_random, seed_of, shift_and_flip
 
 Sample = tuple[Tensor, Tensor]  # image (C, H, W), class index as an int64 scalar
 Read = Callable[[int], tuple[Image.Image, int]]  # the image and the class of an index

@@ -4,11 +4,11 @@ import time
 
 import torch
 from accelerate import Accelerator
-from measure import SUMS, training_sums
-from run_folder import State
 from torch import Tensor
 
 from rblock_fx import RBlockLoss
+from training.measure import SUMS, training_sums
+from training.run_folder import State
 
 NEVER = float("inf")  # the step of the first loss that is no number, where there was none
 

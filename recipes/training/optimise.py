@@ -4,7 +4,8 @@ import bisect
 import math
 
 import torch
-from settings import Config
+
+from training.settings import Config
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:

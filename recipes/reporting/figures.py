@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from collect import Runs
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
-from run_folder import write_atomically
-from seed_stats import summarise
+from training.run_folder import write_atomically
+
+from reporting.collect import Runs
+from reporting.seed_stats import summarise
 
 # Okabe and Ito's colours, told apart with any colour vision; beyond them the line style changes, too
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#8C6D31", "#7F7F7F")

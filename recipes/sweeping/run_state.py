@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from grid import differences
-from run_folder import CHECKPOINTS
-from settings import RecipeError, read_config
+from training.run_folder import CHECKPOINTS
+from training.settings import RecipeError, read_config
+
+from sweeping.grid import differences
 
 State = Literal["done", "to do", "to resume", "broken"]
 NUMBERS = ("top1_best", "top1_last", "epochs", "seed", "wall_time_seconds")

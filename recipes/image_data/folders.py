@@ -6,16 +6,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_fetch import fetch_folder, folder_of
-from data_splits import ImageData, ImageFiles, Read, check_classes, chosen, normaliser
 from PIL import Image
-from settings import Config, RecipeError
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
+from training.settings import Config, RecipeError
+
+from image_data.fetch import fetch_folder, folder_of
+from image_data.splits import ImageData, ImageFiles, Read, check_classes, chosen, normaliser
 
 Files = Sequence[tuple[str, int]]  # path and class index
 Transform = Callable[[Any], Tensor]  # PIL image -> uint8 (3, H, W)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from grid import Run, plain
-from run_state import look
-from settings import RecipeError
+from training.settings import RecipeError
+
+from sweeping.grid import Run, plain
+from sweeping.run_state import look
 
 # what train.py says of a folder that it can neither continue nor start in
 UNUSABLE = re.compile(r"error: (\(process \d+\) )?(resume: |output_dir .* holds )")

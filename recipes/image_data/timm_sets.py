@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from augment import private_random, seed_of
-from data_folders import Transform, decoding, from_readers, imagenet_transforms
-from data_splits import ImageData, Sample, check_classes, chosen, normaliser
 from PIL import Image
-from settings import Config, RecipeError
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.dataset import ImageDataset
 from timm.data.dataset_factory import create_dataset
 from timm.data.readers.reader_wds import ReaderWds
 from torch.utils.data import IterableDataset, get_worker_info
+from training.settings import Config, RecipeError
+
+from image_data.augment import private_random, seed_of
+from image_data.folders import Transform, decoding, from_readers, imagenet_transforms
+from image_data.splits import ImageData, Sample, check_classes, chosen, normaliser
 
 PACKAGES = {  # prefix: (module, package that has it)
     "hfds": ("datasets", "datasets"),

@@ -1,16 +1,17 @@
 """The data sets a recipe can name: one function for each, which says what it gives and what it needs.
 
-data_memory.py has the small ones, data_folders.py those that lie as image files, data_timm.py timm's; data_splits.py
-says what all of them give, augment.py how training images vary.
+memory.py has the small ones, folders.py those that lie as image files, timm_sets.py timm's; splits.py says what all of
+them give, augment.py how training images vary, fetch.py how files come to lie in their folder.
 """
 
 from collections.abc import Callable
 
-from data_folders import image_folder, tiny_imagenet
-from data_memory import cifar10, cifar100, digits, fashion_mnist
-from data_splits import ImageData
-from data_timm import PACKAGES, timm_data
-from settings import Config, RecipeError, near
+from training.settings import Config, RecipeError, near
+
+from image_data.folders import image_folder, tiny_imagenet
+from image_data.memory import cifar10, cifar100, digits, fashion_mnist
+from image_data.splits import ImageData
+from image_data.timm_sets import PACKAGES, timm_data
 
 __all__ = ["DATASETS", "ImageData", "load_data"]
 

@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from urllib.error import URLError
 
 from filelock import FileLock
-from settings import Config, RecipeError
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+from training.settings import Config, RecipeError
 
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError)  # what unpacking damaged files raises
 

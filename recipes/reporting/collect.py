@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from grid import PER_RUN, Column, Grid, Row, make_grid
-from run_state import State, look, read_result, read_rows
-from settings import RecipeError, read_config
+from sweeping.grid import PER_RUN, Column, Grid, Row, make_grid
+from sweeping.run_state import State, look, read_result, read_rows
+from training.settings import RecipeError, read_config
 
 DATA_KEYS = ("dataset", "model", "model_kwargs", "image_size", "train_images", "data_dir", "train_split", "test_split",
              "num_classes")  # fmt: skip

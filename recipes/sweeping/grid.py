@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from run_folder import FREE_ON_RESUME
-from settings import Config, RecipeError, near, read_config
+from training.run_folder import FREE_ON_RESUME
+from training.settings import Config, RecipeError, near, read_config
 
-RECIPES = Path(__file__).resolve().parent
+RECIPES = Path(__file__).resolve().parents[1]
 TABLES = RECIPES / "tables"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")  # a column's or row's name is a folder's name, too
 PER_RUN = FREE_ON_RESUME - {"epochs", "max_steps"} | {"seed"}  # settings that do not make it another experiment

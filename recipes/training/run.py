@@ -8,15 +8,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, LoggerType, ProjectConfiguration
-from data import ImageData
-from optimise import make_scheduler
-from run_folder import State
-from settings import Config, RecipeError, near
+from image_data import ImageData
 from timm.data.mixup import Mixup
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from rblock_fx import DropSchedule, RBlockLoss
+from training.optimise import make_scheduler
+from training.run_folder import State
+from training.settings import Config, RecipeError, near
 
 
 def make_accelerator(config: Config) -> Accelerator:

@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import load
 from safetensors import SafetensorError
-from settings import Config, RecipeError
+
+from training.settings import Config, RecipeError
 
 STATE_FILE = "state.json"
 RESULTS = ("metrics.csv", "result.json", "model.safetensors", "best.safetensors", "curves.png")

@@ -1,0 +1,1 @@
+"""A report on runs: what is there, statistics, text, pictures, page."""

@@ -1,0 +1,1 @@
+"""A table of experiments: what it asks for, what lies there, how its runs are started."""

@@ -1,0 +1,1 @@
+"""Training: settings, the run and its parts, its folder."""
