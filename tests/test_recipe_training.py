@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from training import epoch, measure, models, optimise, settings
 
+from tests import recipe_files as files
 from tests.recipe_tools import (
     CONFIG,
     ENVIRONMENT,
@@ -203,6 +204,26 @@ def test_max_steps_ends_a_run_that_can_go_on(steps, in_process, tmp_path):
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert result_of(tmp_path / "run")["stopped_early"] is False
     assert [int(row["step"]) for row in rows_of(tmp_path / "run")] == [9, 18, 27]
+
+
+@pytest.mark.parametrize("dataset", ["wds/shards", "image_folder"])
+def test_data_from_disk_goes_on_within_an_epoch(dataset, in_process, tmp_path):
+    """Streams skip what was seen; images in folders are augmented in loader workers, each by its own seed."""
+    if dataset == "wds/shards":
+        data = ["--data_dir", str(files.write_shards(tmp_path / "data", png=files.noisy_png)), "--num_classes", "3"]
+    else:
+        data = ["--data_dir", str(files.write_folders(tmp_path / "data", per_class=8)), "--num_workers", "2"]
+    arguments = ["--dataset", dataset, *data, "--batch_size", "4", "--image_size", "32", "--epochs", "2"]
+    in_process(*arguments, "--output_dir", str(tmp_path / "whole"))
+    for steps in ("4", "8"):  # of six in an epoch
+        in_process(*arguments, "--max_steps", steps, "--resume", "auto", "--output_dir", str(tmp_path / "run"))
+    in_process(*arguments, "--resume", "auto", "--output_dir", str(tmp_path / "run"))
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert [row["train_loss"] for row in rows_of(tmp_path / "run")] == [
+        row["train_loss"] for row in rows_of(tmp_path / "whole")
+    ]
+    assert result_of(tmp_path / "run")["steps"] == 12
 
 
 def test_a_loss_that_is_no_number_ends_the_run_at_its_step(in_process, tmp_path, monkeypatch):
