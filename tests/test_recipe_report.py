@@ -15,24 +15,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import report
+import sweep
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
+from reporting import collect, seed_stats
 from scipy import stats
+from sweeping import grid as grids
+from training import settings
 
 from tests.recipe_folders import CONFIG, write_run, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
-sys.path.insert(0, str(RECIPES))  # a script finds its siblings so
 
-import collect  # noqa: E402
-import grid as grids  # noqa: E402
-import report  # noqa: E402
-import seed_stats  # noqa: E402
-import settings  # noqa: E402
-import sweep  # noqa: E402
 
 PERCENT = st.floats(0, 100).map(lambda value: round(value, 2))
 

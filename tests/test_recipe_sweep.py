@@ -12,21 +12,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import sweep
 import timm
 import yaml
+from sweeping import grid as grids
+from sweeping import jobs, run_state
+from training import settings
 
 from rblock_fx import apply_rblock, describe
 from tests.recipe_folders import CONFIG, write_run, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
-sys.path.insert(0, str(RECIPES))  # a script finds its siblings so
 
-import grid as grids  # noqa: E402
-import jobs  # noqa: E402
-import run_state  # noqa: E402
-import settings  # noqa: E402
-import sweep  # noqa: E402
 
 TABLES = sorted(path.stem for path in (RECIPES / "tables").glob("*.yaml"))
 PAPER = {
@@ -54,7 +52,7 @@ def stand_in(tmp_path: Path, monkeypatch, body: str) -> None:
     script.write_text(
         "import json, os, sys, time, pathlib\n"
         f"sys.path[:0] = [{str(RECIPES)!r}, {str(ROOT)!r}]\n"
-        "import settings, grid\nfrom tests.recipe_folders import write_run\n"
+        "from sweeping import grid\nfrom training import settings\nfrom tests.recipe_folders import write_run\n"
         "args = settings.read_config(sys.argv[1:])\nfolder = pathlib.Path(args.output_dir)\n"
         "def finish():\n    write_run(folder, grid.plain(args) | {'resume': None}, [10.0, 20.0, 30.0, 40.0])\n" + body
     )

@@ -438,9 +438,9 @@ def test_a_row_has_what_its_method_has(method, in_process, tmp_path):
 def test_the_best_weights_say_which_epoch_they_are_of(in_process, tmp_path):
     in_process("--epochs", "3", "--output_dir", str(tmp_path / "run"))
     with safe_open(tmp_path / "run" / "best.safetensors", "pt") as file:
-        about = file.metadata()
+        about = json.loads(file.metadata()["row"])
     best = max(rows_of(tmp_path / "run"), key=lambda row: float(row["test_top1"]))
-    assert about == {"epoch": best["epoch"], "test_top1": best["test_top1"]}
+    assert about == {"epoch": int(best["epoch"]), "test_top1": float(best["test_top1"])}
 
 
 # --- trackers --------------------------------------------------------------------------------------------------------

@@ -53,8 +53,9 @@ def write_weights(weights: Mapping[str, Tensor], path: Path, row: Row | None = N
     tensors = {
         name.removeprefix("_orig_mod."): tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()
     }
-    about = None if row is None else {"epoch": str(row["epoch"]), "test_top1": str(row["test_top1"])}
-    write_atomically(path, lambda file: save_file(tensors, file, metadata=about))
+    about = None if row is None else json.dumps({"epoch": row["epoch"], "test_top1": row["test_top1"]})
+    # one entry: safetensors writes several in any order, and equal runs should leave equal files
+    write_atomically(path, lambda file: save_file(tensors, file, metadata=about and {"row": about}))
 
 
 def write_results(
