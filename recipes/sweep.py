@@ -35,7 +35,7 @@ from sweeping.grid import (
 )
 from sweeping.jobs import Outcome, run_all
 from sweeping.run_state import Found, look
-from training.run_folder import write_atomically
+from training.run_folder import claim, write_atomically, writing
 from training.settings import RecipeError, exit_with
 
 SWEEP_FILE = "sweep.yaml"
@@ -84,11 +84,21 @@ def sweep(options: Options) -> int:
         for state, command in zip(found, commands, strict=True):
             print(f"{shlex.join(command)}  # {state.state}{f': {state.why}' if state.why else ''}")
         return 0
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with claim(folder):
+        return start_runs(options, grid, runs, commands, found, record)
+
+
+def start_runs(
+    options: Options, grid: Grid, runs: list[Run], commands: list[list[str]], found: list[Found], record: dict[str, Any]
+) -> int:
+    """Write sweep.yaml, start what is not done, tell what became of it; returns the exit code.
+
+    Raises:
+        RecipeError: the folder cannot be written.
+    """
+    folder = Path(grid.output_dir)
+    with writing(folder):
         write_atomically(folder / SWEEP_FILE, lambda file: file.write_text(yaml.safe_dump(record, sort_keys=False)))
-    except OSError as error:
-        raise RecipeError(f"cannot write to output_dir {folder}: {error.strerror}") from error
     todo = [(run, command) for run, command, state in zip(runs, commands, found, strict=True) if state.state != "done"]
     counts = Counter(state.state for state in found)
     print(

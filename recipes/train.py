@@ -11,6 +11,7 @@ SIGINT and SIGTERM let the step finish and save; --resume auto goes on from ther
 """
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from training.models import build_model
 from training.optimise import learning_rate
 from training.results import best_top1, line_of, start_folder, write_results, write_weights
 from training.run import Run, make_accelerator, prepare_run
-from training.run_folder import State, load_checkpoint, open_run, save_checkpoint, write_metrics, writing
+from training.run_folder import State, claim, load_checkpoint, open_run, save_checkpoint, write_metrics, writing
 from training.settings import Config, RecipeError, exit_with, read_config
 from training.stopping import listening
 
@@ -60,35 +61,42 @@ def train(config: Config) -> None:
     if run.drop_schedule is not None:  # its position is a function of the step
         run.drop_schedule.load_state_dict(run.drop_schedule.state_dict() | {"steps_done": run.step(state)})
     accelerator.wait_for_everyone()  # all have looked at output_dir; now the main process may write there
-    if accelerator.is_main_process:
-        start_folder(config)
-    if config.trackers:
-        accelerator.init_trackers("rblock-fx")
+    folder = Path(config.output_dir)
+    with claim(folder) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            start_folder(config)
+        if config.trackers:
+            accelerator.init_trackers("rblock-fx")
+        rows = train_epochs(run, train_loader, test_loader, state, console)
+        weights = accelerator.get_state_dict(run.model)
+        if rows and accelerator.is_main_process:
+            planned = config.epochs * steps_per_epoch
+            write_results(config, data, rows, weights, run.ema, accelerator, rows[-1]["step"], planned)
+    if rows:
+        console.print(f"top-1 {rows[-1]['test_top1']:.2f} % (best {best_top1(rows):.2f} %), written to {folder}")
+    accelerator.end_training()
 
+
+def train_epochs(run: Run, train_loader: Any, test_loader: Any, state: State, console: Console) -> list[Row]:
+    """Train from a state to the end and save on the way; the rows of metrics.csv, none if a signal ended it before."""
+    accelerator, config = run.accelerator, run.config
     with listening() as signal_received, progress_bar(console) as progress:
         while run.step(state) < run.total_steps:
             if train_epoch(run, train_loader, state, signal_received, progress):
                 save_checkpoint(accelerator, config, state)
                 console.print(f"stopped at step {run.step(state)} and saved; --resume auto goes on from there")
-                accelerator.end_training()
-                return
-            if state.epoch_steps < steps_per_epoch:
+                return []
+            if state.epoch_steps < run.steps_per_epoch:
                 break
             state = State([*state.rows, finish_epoch(run, test_loader, state, console)])
             save_checkpoint(accelerator, config, state)
             if accelerator.is_main_process:
                 with writing(Path(config.output_dir)):
                     write_metrics(state.rows, Path(config.output_dir) / "metrics.csv")
-    rows = state.rows
-    if state.epoch_steps:  # max_steps ended it within an epoch, which a later run may finish
-        save_checkpoint(accelerator, config, state)
-        rows = [*rows, finish_epoch(run, test_loader, state, console)]
-    weights = accelerator.get_state_dict(run.model)
-    if accelerator.is_main_process:
-        planned = config.epochs * steps_per_epoch
-        write_results(config, data, rows, weights, run.ema, accelerator, run.step(state), planned)
-    console.print(f"top-1 {rows[-1]['test_top1']:.2f} % (best {best_top1(rows):.2f} %), written to {config.output_dir}")
-    accelerator.end_training()
+    if not state.epoch_steps:
+        return state.rows
+    save_checkpoint(accelerator, config, state)  # max_steps ended it within an epoch, which a later run may finish
+    return [*state.rows, finish_epoch(run, test_loader, state, console)]
 
 
 def finish_epoch(run: Run, test_loader: Any, state: State, console: Console) -> Row:

@@ -18,6 +18,7 @@ import timm
 import torch
 import train
 import training.run as recipe_run
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 from training import loaders, optimise, run_folder, settings
@@ -201,6 +202,7 @@ PROBE = """
 import copy, sys
 from dataclasses import replace
 import torch
+from filelock import FileLock
 from torch.utils.data import DataLoader, TensorDataset
 import train
 from rblock_fx import remove_rblock
@@ -375,7 +377,16 @@ def test_diverged_loss_stops_before_it_is_saved(tmp_path, capsys, monkeypatch):
         "--output_dir", str(tmp_path / "run"),
     )  # fmt: skip
     assert re.search(r"not finite at step \d \(epoch 1\); no checkpoint was written before it; lower --lr", line)
-    assert list(snapshot(tmp_path / "run")) == ["config.yaml"]
+    assert sorted(snapshot(tmp_path / "run")) == [".lock", "config.yaml"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_two_runs_cannot_share_a_folder(tmp_path, capsys, monkeypatch):
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"):
+        line = fails(capsys, monkeypatch, *SCRIPT[1:], *TINY, "--output_dir", str(tmp_path / "run"))
+    assert "another process works in output_dir" in line
+    assert list(snapshot(tmp_path / "run")) == [".lock"]
 
 
 @pytest.mark.parametrize("launcher", [[sys.executable], TWO_PROCESSES], ids=["script", "torchrun"])

@@ -39,10 +39,9 @@ def best_top1(rows: list[Row]) -> float:
 
 
 def start_folder(config: Config) -> None:
-    """Create output_dir and write config.yaml there, from which the run can be repeated."""
+    """Write config.yaml to output_dir, from which the run can be repeated."""
     folder = Path(config.output_dir)
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         # --resume belongs to one launch, not to the experiment
         write_atomically(folder / "config.yaml", lambda file: file.write_text(to_yaml(replace(config, resume=None))))
 
@@ -55,7 +54,7 @@ def write_weights(weights: Mapping[str, Tensor], path: Path, row: Row | None = N
     }
     about = None if row is None else json.dumps({"epoch": row["epoch"], "test_top1": row["test_top1"]})
     # one entry: safetensors writes several in any order, and equal runs should leave equal files
-    write_atomically(path, lambda file: save_file(tensors, file, metadata=about and {"row": about}))
+    write_atomically(path, lambda file: save_file(tensors, file, metadata=None if about is None else {"row": about}))
 
 
 def write_results(

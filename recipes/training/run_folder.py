@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import load
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from training.settings import Config, RecipeError
 
 STATE_FILE = "state.json"
-RESULTS = ("metrics.csv", "result.json", "model.safetensors", "best.safetensors", "curves.png")
+RESULTS = ("metrics.csv", "result.json", "model.safetensors", "best.safetensors", "ema.safetensors", "curves.png")
 CHECKPOINTS = ("checkpoint", "checkpoint.previous")
 # settings that a resumed run may change: none of them changes what a step computes
 FREE_ON_RESUME = {
@@ -54,6 +55,8 @@ def writing(folder: Path) -> Iterator[None]:
     """
     try:
         yield
+    except RecipeError:
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         free = shutil.disk_usage(existing).free / 2**20
@@ -64,6 +67,25 @@ def writing(folder: Path) -> Iterator[None]:
             f"cannot write to output_dir {folder}: {reason} ({free:.1f} MiB free there); make room or name another "
             f"folder with --output_dir{kept}"
         ) from error
+
+
+def claim(folder: Path) -> FileLock:
+    """Create the folder and hold it for this process, until it releases the lock or ends, however it ends.
+
+    Raises:
+        RecipeError: another process works there, or the folder cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise RecipeError(
+                f"another process works in output_dir {folder} at this moment; wait for it, or name another folder "
+                "with --output_dir"
+            ) from error
+    return lock
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
