@@ -3,7 +3,7 @@
     python recipes/sweep.py table3_smoke --dry_run
     python recipes/sweep.py table3_smoke --jobs 2 --report
     python recipes/sweep.py table1 --seeds [0,1,2,3,4] --cluster slurm --cluster_options '{slurm_partition: gpu}'
-    python recipes/sweep.py table3 --output_dir runs/short -- --epochs 20 --data_dir /data/cifar
+    python recipes/sweep.py table3 --output_dir runs/short -- --epochs 20 --milestones [8,13,18]
 
 The first lists the commands, the second runs them two at a time and writes the report, the third sends each to a SLURM
 cluster (pip install submitit), the fourth gives every run options of train.py. Runs lie in

@@ -10,11 +10,15 @@ at the end model.safetensors, the last epoch's weights under the plain model's n
 SIGINT and SIGTERM let the step finish and save; --resume auto goes on from there, or from any kill, bit for bit.
 """
 
+import shutil
+import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from image_data import load_data
 from rich.console import Console
@@ -26,7 +30,16 @@ from training.models import build_model
 from training.optimise import learning_rate
 from training.results import best_top1, line_of, start_folder, write_results, write_weights
 from training.run import Run, make_accelerator, prepare_run
-from training.run_folder import State, claim, load_checkpoint, open_run, save_checkpoint, write_metrics, writing
+from training.run_folder import (
+    State,
+    claim,
+    load_checkpoint,
+    open_run,
+    save_checkpoint,
+    write_atomically,
+    write_metrics,
+    writing,
+)
 from training.settings import Config, RecipeError, exit_with, read_config
 from training.stopping import listening
 
@@ -36,13 +49,17 @@ from rblock_fx import RBlockError, describe
 def main() -> None:
     """Read the settings and train; a mistake in them is one line and exit code 2."""
     try:
-        train(read_config())
+        with listening() as signal_received:
+            train(read_config(), signal_received)
     except (RecipeError, RBlockError) as error:
         exit_with(error)
+    except KeyboardInterrupt:  # a second one: the first lets the step finish
+        print("interrupted before the run could save; --resume auto goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
-def train(config: Config) -> None:
-    """The whole run, top to bottom."""
+def train(config: Config, signal_received: Callable[[], str | None] = lambda: None) -> None:
+    """The whole run, top to bottom; it ends after the step in which signal_received gives a name."""
     accelerator = make_accelerator(config)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False, markup=False)
     # Each process draws its own masks. The initial weights are the main process's: DDP broadcasts them.
@@ -56,6 +73,7 @@ def train(config: Config) -> None:
 
     run = prepare_run(config, data, network, accelerator, steps_per_epoch)
     if checkpoint is not None:
+        check_position(run, state, checkpoint)
         load_checkpoint(accelerator, checkpoint)
         console.print(f"continuing {checkpoint} after epoch {len(state.rows)}, step {run.step(state)}")
     if run.drop_schedule is not None:  # its position is a function of the step
@@ -65,9 +83,11 @@ def train(config: Config) -> None:
     with claim(folder) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
             start_folder(config)
+        if checkpoint is not None and checkpoint.resolve().parent != folder.resolve():
+            adopt(accelerator, config, state, checkpoint.parent)
         if config.trackers:
             accelerator.init_trackers("rblock-fx")
-        rows = train_epochs(run, train_loader, test_loader, state, console)
+        rows = train_epochs(run, train_loader, test_loader, state, console, signal_received)
         weights = accelerator.get_state_dict(run.model)
         if rows and accelerator.is_main_process:
             planned = config.epochs * steps_per_epoch
@@ -77,10 +97,13 @@ def train(config: Config) -> None:
     accelerator.end_training()
 
 
-def train_epochs(run: Run, train_loader: Any, test_loader: Any, state: State, console: Console) -> list[Row]:
+def train_epochs(
+    run: Run, train_loader: Any, test_loader: Any, state: State, console: Console,
+    signal_received: Callable[[], str | None],
+) -> list[Row]:  # fmt: skip
     """Train from a state to the end and save on the way; the rows of metrics.csv, none if a signal ended it before."""
     accelerator, config = run.accelerator, run.config
-    with listening() as signal_received, progress_bar(console) as progress:
+    with progress_bar(console) as progress:
         while run.step(state) < run.total_steps:
             if train_epoch(run, train_loader, state, signal_received, progress):
                 save_checkpoint(accelerator, config, state)
@@ -126,11 +149,39 @@ def finish_epoch(run: Run, test_loader: Any, state: State, console: Console) -> 
     row = broadcast_object_list([row])[0]  # seconds differ between processes, and the gap is the main one's
     console.print(line_of(row, config.epochs))
     weights = accelerator.get_state_dict(run.model)
-    if accelerator.is_main_process and row["test_top1"] > max((r["test_top1"] for r in state.rows), default=-1.0):
+    best = row["test_top1"] > max((r["test_top1"] for r in state.rows), default=-1.0)
+    # part of an epoch, of which a later run may make a whole one, does not take the place of a whole one
+    if accelerator.is_main_process and best and (state.epoch_steps == run.steps_per_epoch or not state.rows):
         with writing(Path(config.output_dir)):
             write_weights(weights, Path(config.output_dir) / "best.safetensors", row)
     accelerator.log({name: value for name, value in row.items() if value is not None}, step=row["step"])
     return row
+
+
+def check_position(run: Run, state: State, checkpoint: Path) -> None:
+    """Refuse a checkpoint that this run cannot have come to.
+
+    Raises:
+        RecipeError: it is beyond max_steps, or beyond the steps of an epoch.
+    """
+    if state.epoch_steps > run.steps_per_epoch:
+        raise RecipeError(
+            f"resume: {checkpoint} is at step {state.epoch_steps} of an epoch of {run.steps_per_epoch}; it was written "
+            "with other data, or is damaged"
+        )
+    if run.step(state) > run.total_steps:
+        raise RecipeError(
+            f"resume: {checkpoint} is at step {run.step(state)}; expected --max_steps {run.step(state)} or more"
+        )
+
+
+def adopt(accelerator: Accelerator, config: Config, state: State, source: Path) -> None:
+    """Make another folder's run this folder's: its checkpoint, and its best weights where it still has them."""
+    save_checkpoint(accelerator, config, state)
+    best = source / "best.safetensors"
+    if accelerator.is_main_process and best.exists():
+        with writing(Path(config.output_dir)):
+            write_atomically(Path(config.output_dir) / best.name, lambda file: shutil.copyfile(best, file))
 
 
 def evaluate_ema(run: Run, loader: Any) -> list[float | None]:

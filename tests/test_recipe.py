@@ -283,9 +283,17 @@ WRONG = [
     (["--warmup_epochs", "-1"], "warmup_epochs is -1; expected a number of at least 0"),
     (["--seed", "-1"], "seed is -1"),
     (["--lr", "-0.1"], "lr is -0.1; expected a positive number"),
+    (["--milestones", "[3]"], "milestones is .3., which lr_schedule cosine does not use"),
+    (
+        ["--lr_schedule", "multistep", "--milestones", "[5,40]"],
+        "milestones is .5, 40. of 12 epochs; expected rising epochs from 1 to 11",
+    ),
+    (["--lr_schedule", "multistep"], "lr_schedule multistep has no milestones"),
+    (["--mixed_precision", "fp16"], "mixed_precision fp16 needs a GPU"),
+    (["--ema_decay", "1"], "ema_decay is 1.0; expected a number from 0 to below 1"),
     (["--lr", "nan"], '"lr".*Got value: nan'),
     (["--temperature", "0"], "temperature is 0.0; expected a positive number"),
-    (["--drop_prob", "1.5"], "drop_prob is 1.5; expected a number from 0 to 1"),
+    (["--drop_prob", "1.5"], "drop_prob is 1.5; expected a number from 0 to below 1"),
     (["--method", "none", "--drop_prob", "-1"], "drop_prob is -1"),
     (["--momentum", "2"], "momentum is 2"),
     (["--output_dir", ""], "output_dir is empty"),
@@ -376,7 +384,9 @@ def test_diverged_loss_stops_before_it_is_saved(tmp_path, capsys, monkeypatch):
         capsys, monkeypatch, *SCRIPT[1:], *TINY, "--epochs", "1", "--lr", "1e30",
         "--output_dir", str(tmp_path / "run"),
     )  # fmt: skip
-    assert re.search(r"not finite at step \d \(epoch 1\); no checkpoint was written before it; lower --lr", line)
+    assert re.search(
+        r"not finite at step \d \(epoch 1\); no checkpoint was written before it; start anew with a lower --lr", line
+    )
     assert sorted(snapshot(tmp_path / "run")) == [".lock", "config.yaml"]
 
 
@@ -407,11 +417,14 @@ def test_the_launched_recipe_tells_a_mistake_once(launcher, tmp_path):
 # --- resuming: what may change, what may not --------------------------------------------------------------------------
 
 
+OPEN_ENDED = ["--lr_schedule", "constant", "--warmup_epochs", "0"]  # more epochs are more of the same
+
+
 @pytest.fixture(scope="module")
 def one_epoch(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("one") / "run"
     with recipe_in_process() as run:
-        run("--epochs", "1", "--output_dir", str(folder))
+        run("--epochs", "1", *OPEN_ENDED, "--output_dir", str(folder))
     return folder
 
 
@@ -422,7 +435,7 @@ def run(one_epoch, tmp_path) -> Path:
 
 
 def again(run: Path, *arguments: str) -> list[str]:
-    return ["--epochs", "1", "--output_dir", str(run), "--resume", "auto", *arguments]
+    return ["--epochs", "1", *OPEN_ENDED, "--output_dir", str(run), "--resume", "auto", *arguments]
 
 
 def edit_state(run: Path, **changes: object) -> None:
@@ -443,10 +456,24 @@ SPOILED = [
     (Path.exists, ["--method", "none", "--seed", "5"], "method .*, seed "),
     (lambda run: edit_state(run, num_processes=2), [], "written by 2 processes and this run has 1"),
     (
-        lambda run: edit_state(run, state={"rows": [{}, {}, {}]}),
+        lambda run: edit_state(run, state={"rows": [{"test_top1": 9.0}] * 3}),
         [],
         "has 3 epochs already; expected --epochs 3 or more",
     ),
+    (
+        Path.exists,
+        ["--epochs", "2", "--lr_schedule", "cosine"],
+        "epochs .there 1, now 2.*another course of",
+    ),
+    (lambda run: edit_state(run, config=None), [], "no complete checkpoint .state.json: TypeError"),
+    (lambda run: edit_state(run, state={"rows": [5]}), [], "no complete checkpoint .state.json: ValueError"),
+    (lambda run: edit_state(run, state={"epoch_steps": "x"}), [], "complete checkpoint .state.json: ValueError"),
+    (
+        lambda run: edit_state(run, state={"epoch_steps": 99, "sums": [[0.0] * 9]}),
+        ["--epochs", "2"],
+        "is at step 99 of an epoch of 9",
+    ),
+    (Path.exists, ["--max_steps", "2"], "is at step 9; expected --max_steps 9 or more"),
     (lambda run: (run / "checkpoint" / "state.json").write_text('{"rows'), [], "no complete checkpoint"),
     (lambda run: (run / "checkpoint" / "random_states_0.pkl").unlink(), [], "cannot be read: FileNotFoundError"),
     (lambda run: (run / "checkpoint" / "model.safetensors").write_bytes(b"half"), [], "cannot be read"),
@@ -487,7 +514,16 @@ def test_a_checkpoint_continues_in_another_folder(run, in_process, tmp_path):
     before = snapshot(run)
     in_process(*again(tmp_path / "new"), "--epochs", "2", "--resume", str(run / "checkpoint"))
     assert len(rows_of(tmp_path / "new")) == 2
+    assert {"checkpoint", "best.safetensors"} <= {path.name for path in (tmp_path / "new").iterdir()}
     assert snapshot(run) == before
+
+
+def test_a_finished_checkpoint_makes_a_whole_run_in_another_folder(run, in_process, tmp_path):
+    in_process(*again(tmp_path / "new"), "--resume", str(run / "checkpoint"))
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {path.name for path in run.iterdir()}
+    assert (tmp_path / "new" / "best.safetensors").read_bytes() == (run / "best.safetensors").read_bytes()
+    in_process(*again(tmp_path / "new"), "--epochs", "2")
+    assert len(rows_of(tmp_path / "new")) == 2
 
 
 @pytest.mark.usefixtures("in_process")

@@ -233,6 +233,29 @@ def test_a_broken_result_is_no_result(tmp_path, damage):
     assert found.why
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "metrics.csv").unlink(), "metrics.csv has 0 rows and result.json says 4 epochs"),
+        (lambda folder: (folder / "metrics.csv").write_text("epoch,test_top1\n1,abc\n"), "metrics.csv: .*abc"),
+        (lambda folder: edit(folder / "result.json", top1_best=99.0), "says top1_best 99.0 and metrics.csv 90.0"),
+        (lambda folder: edit(folder / "result.json", top1_last=99.0), "says top1_last 99.0 and metrics.csv 80.0"),
+    ],
+)
+def test_a_result_that_its_metrics_do_not_bear_out_is_broken(tmp_path, damage, message):
+    run = runs_of(write_table(tmp_path / "t.yaml"))[0]
+    finish(run)
+    assert run_state.look(run.folder, grids.plain(run.config)).state == "done"
+    damage(run.folder)
+    found = run_state.look(run.folder, grids.plain(run.config))
+    assert (found.state, found.result) == ("broken", None)
+    assert re.search(message, found.why), found.why
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def test_an_unreadable_config_is_broken(tmp_path):
     run = runs_of(write_table(tmp_path / "t.yaml"))[0]
     run.folder.mkdir(parents=True)

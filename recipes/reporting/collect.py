@@ -1,6 +1,7 @@
 """The runs of a folder as the report sees them: of a sweep with what is missing, or of any folder of runs."""
 
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,10 @@ def collect_sweep(folder: Path) -> Runs:
         record = yaml.safe_load(path.read_text())
         grid = make_grid(record["grid"])
         cells = {(column, row): settings for column, rows in record["cells"].items() for row, settings in rows.items()}
-        command = str(record["command"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, RecipeError) as error:
+        words = shlex.split(str(record["command"]))
+        words[words.index("--output_dir") + 1] = str(folder)  # where the runs lie now
+        command = shlex.join(words)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RecipeError(f"{path} cannot be read: {type(error).__name__}: {error}; run the sweep again") from error
     trials = {}
     for (column, row), settings in cells.items():
@@ -103,10 +106,7 @@ def read_trial(seed: int, folder: Path, settings: dict[str, Any]) -> Trial:
     try:
         rows = read_rows(folder)
     except (OSError, ValueError) as error:
-        return Trial(seed, folder, "broken", f"metrics.csv: {error}")
-    if found.result is not None and len(rows) != found.result["epochs"]:
-        why = f"metrics.csv has {len(rows)} rows and result.json says {found.result['epochs']} epochs"
-        return Trial(seed, folder, "broken", why)
+        return Trial(seed, folder, "broken", str(error))
     return Trial(seed, folder, found.state, found.why, found.result, rows)
 
 

@@ -84,8 +84,15 @@ def zoom(axes: Axes, runs: Runs, column: str, key: str) -> None:
     late = [series(runs, column, row.name, key) for row in runs.grid.rows]
     values = [found[:, found.shape[1] // 3 :] for found in late if found is not None]
     low, high = min(v.mean(0).min() for v in values), max(v.max() for v in values)
-    margin = max(0.3, 0.05 * (high - low))
+    margin = max(1.0, 0.05 * (high - low))
     axes.set_ylim(low - margin, min(100.5, high + margin))
+
+
+def whole_epochs(axes: Axes) -> None:
+    """Ticks at whole epochs, with half an epoch of room at either end, so that one epoch is a picture, too."""
+    low, high = axes.dataLim.intervalx
+    axes.set_xlim(low - 0.5, high + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def legend(figure: Figure, axes: Axes, ends: dict[str, float], digits: int = 2) -> None:
@@ -113,7 +120,7 @@ def draw_curves(runs: Runs, column: str) -> tuple[Figure, str] | None:
     ends = lines(runs, column, axes, "test_top1", "epoch")
     zoom(axes, runs, column, "test_top1")
     axes.set(xlabel="epoch", ylabel="test top-1 (%)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_epochs(axes)
     legend(figure, axes, ends)
     return figure, "Test top-1 over the epochs: mean over seeds, the band from the lowest to the highest seed."
 
@@ -172,7 +179,8 @@ def draw_cost(runs: Runs, column: str) -> tuple[Figure, str] | None:
         zoom(axes, runs, column, "test_top1")
         axes.set(xlabel=name, ylabel="best test top-1 so far (%)")
         axes.set_xlim(left=0)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if key == "images_seen":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     legend(figure, panels[0], ends)
     text = (
         "Equal cost: the best test top-1 so far against "
@@ -194,7 +202,7 @@ def draw_gap(runs: Runs, column: str) -> tuple[Figure, str] | None:
     for axes, (key, name) in reversed(list(zip(panels, there, strict=True))):  # the legend shows the first panel's ends
         ends = lines(runs, column, axes, key, "epoch")
         axes.set(xlabel="epoch", ylabel=name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        whole_epochs(axes)
         if key == "gap_kl":
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

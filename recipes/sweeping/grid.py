@@ -1,6 +1,7 @@
 """A table of experiments: what its YAML may say, the runs that it asks for, and the settings of each."""
 
 import json
+import os
 import re
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from training.settings import Config, RecipeError, near, read_config
 RECIPES = Path(__file__).resolve().parents[1]
 TABLES = RECIPES / "tables"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")  # a column's or row's name is a folder's name, too
-PER_RUN = FREE_ON_RESUME - {"epochs", "max_steps"} | {"seed"}  # settings that do not make it another experiment
+PER_RUN = FREE_ON_RESUME - {"max_steps"} | {"seed"}  # settings that do not make it another experiment
 RESERVED = ("config", "output_dir", "seed", "resume")  # the sweep sets these itself
 
 
@@ -113,7 +114,7 @@ def make_grid(values: dict[str, Any]) -> Grid:
         "columns": [Column(**dict(column)) for column in values["columns"]],
         "rows": [Row(**dict(row)) for row in values["rows"]],
     }
-    grid = Grid(**values)
+    grid = Grid(**values | {"output_dir": os.path.expanduser(values["output_dir"])})
     problems = list(inconsistencies(grid))
     if problems:
         raise RecipeError("; ".join(problems))

@@ -30,7 +30,10 @@ def read_result(path: Path) -> dict[str, Any]:
         ValueError: says what is wrong with it.
         OSError: it cannot be read.
     """
-    result = json.loads(path.read_text())
+    try:
+        result = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
     if not isinstance(result, dict):
         raise ValueError(f"{path.name} holds no mapping")
     missing = [key for key in (*NUMBERS, "method", "config", "versions") if key not in result]
@@ -60,10 +63,13 @@ def look(folder: Path, config: dict[str, Any]) -> Found:
     if (folder / "result.json").exists():
         try:
             result = read_result(folder / "result.json")
-        except (ValueError, OSError) as error:
-            why = str(error) or type(error).__name__
-        else:
             refuse_other(folder, result["config"], config)
+            check_rows(result, read_rows(folder))
+        except RecipeError:
+            raise
+        except (ValueError, OSError) as error:
+            why = f"{error or type(error).__name__}"
+        else:
             return Found("done", result)
     if (folder / "config.yaml").exists():
         try:
@@ -74,6 +80,22 @@ def look(folder: Path, config: dict[str, Any]) -> Found:
     if why:
         return Found("broken", why=why)
     return Found("to resume" if any((folder / name).exists() for name in CHECKPOINTS) else "to do")
+
+
+def check_rows(result: dict[str, Any], rows: list[dict[str, float]]) -> None:
+    """A result says what its run's metrics.csv says.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if len(rows) != result["epochs"]:
+        raise ValueError(f"metrics.csv has {len(rows)} rows and result.json says {result['epochs']} epochs")
+    accuracies = [row["test_top1"] for row in rows if "test_top1" in row]
+    if len(accuracies) != len(rows):
+        raise ValueError("metrics.csv has rows without test_top1")
+    for name, value in (("top1_best", max(accuracies)), ("top1_last", accuracies[-1])):
+        if not math.isclose(value, result[name], rel_tol=1e-9):
+            raise ValueError(f"result.json says {name} {result[name]} and metrics.csv {value}")
 
 
 def refuse_other(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -100,6 +122,8 @@ def read_rows(folder: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [
-            {key: float(cell) for key, cell in row.items() if cell not in ("", None)} for row in csv.DictReader(file)
-        ]
+        try:
+            return [{key: float(cell) for key, cell in row.items() if cell not in ("", None)}
+                    for row in csv.DictReader(file)]  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error

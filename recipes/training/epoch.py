@@ -96,4 +96,7 @@ def not_finite(config: Config, step: int, epoch: int) -> RecipeError:
     """The error of a loss that is no number; nothing has been saved since."""
     good = Path(config.output_dir) / "checkpoint"
     kept = f"the last good checkpoint is {good}" if good.exists() else "no checkpoint was written before it"
-    return RecipeError(f"the loss is not finite at step {step} (epoch {epoch + 1}); {kept}; lower --lr ({config.lr})")
+    return RecipeError(
+        f"the loss is not finite at step {step} (epoch {epoch + 1}); {kept}; start anew with a lower --lr than "
+        f"{config.lr} and another --output_dir"
+    )

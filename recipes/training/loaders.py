@@ -47,10 +47,12 @@ def check_batch_size(config: Config, data: ImageData, processes: int) -> int:
     if size % parts or each < 2 or size > images or (mixed and each % 2):
         accumulated = f" and {config.accumulate_steps} accumulate_steps" if config.accumulate_steps > 1 else ""
         even = ", an even number of them for mixup and cutmix," if mixed else ""
+        share = max(2, min(32, images) // parts)
+        share -= share % 2 if mixed else 0
         raise RecipeError(
-            f"batch_size is {size}; expected a multiple of the {processes} processes{accumulated}, with two images or "
-            f"more for each{even} and at most the {images} training images in all, e.g. --batch_size "
-            f"{max(2, 32 // parts) * parts}"
+            f"batch_size is {size}; expected a multiple of {processes} process{'es' * (processes > 1)}{accumulated}, "
+            f"with two images or more for each{even} and at most the {images} training images in all, e.g. "
+            f"--batch_size {share * parts}"
         )
     return images
 

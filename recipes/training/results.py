@@ -24,9 +24,11 @@ from training.settings import Config, to_yaml
 def line_of(row: Row, epochs: int) -> str:
     """One row of metrics as a line to read."""
     ema = "" if row["ema_top1"] is None else f" ({row['ema_top1']:.2f} % averaged)"
+    of = "" if row["train_kl"] is None else " of both sub-models"
     gap = "" if row["gap_kl"] is None else f"  gap {row['gap_kl']:.4f}"
     return (
-        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  lr {row['lr']:.4f}  train loss {row['train_loss']:.4f}  "
+        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  lr {row['lr']:.4f}  "
+        f"train loss {row['train_loss']:.4f}{of}  "
         f"cross-entropy {row['train_ce']:.4f} train, {row['test_ce']:.4f} test  "
         f"top-1 {row['train_top1']:.2f} % train, {row['test_top1']:.2f} % test{ema}{gap}  "
         f"{row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s"

@@ -42,6 +42,8 @@ def make_accelerator(config: Config) -> Accelerator:
         )
     except ValueError as error:
         raise RecipeError(f"mixed_precision {config.mixed_precision}: {error}") from error
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate trains in float32 then
+        raise RecipeError("mixed_precision fp16 needs a GPU, and there is none; expected --mixed_precision bf16 or no")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:  # else each would train on its own and write over the others' files
         raise RecipeError(

@@ -1,6 +1,7 @@
 """The folder of a run: what may be written where, atomic files, and checkpoints that continue bit for bit."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -24,7 +25,7 @@ RESULTS = ("metrics.csv", "result.json", "model.safetensors", "best.safetensors"
 CHECKPOINTS = ("checkpoint", "checkpoint.previous")
 # settings that a resumed run may change: none of them changes what a step computes
 FREE_ON_RESUME = {
-    "output_dir", "epochs", "max_steps", "resume", "checkpoint_steps", "trackers",
+    "output_dir", "max_steps", "resume", "checkpoint_steps", "trackers",
     "data_dir", "download", "num_workers",
 }  # fmt: skip
 
@@ -63,9 +64,10 @@ def writing(folder: Path) -> Iterator[None]:
         complete = [name for name in CHECKPOINTS if (folder / name / STATE_FILE).exists()]
         kept = f"; {folder / complete[0]} is complete: continue with --resume auto" if complete else ""
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        full = isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        room = "" if full else f" ({free:.1f} MiB free there); make room, or"
         raise RecipeError(
-            f"cannot write to output_dir {folder}: {reason} ({free:.1f} MiB free there); make room or name another "
-            f"folder with --output_dir{kept}"
+            f"cannot write to output_dir {folder}: {reason}{room or ';'} name another folder with --output_dir{kept}"
         ) from error
 
 
@@ -149,21 +151,25 @@ def read_state(folder: Path, config: Config, num_processes: int) -> State:
     """How far a checkpoint's run had come, once it is sure that this run continues it."""
     try:
         saved = json.loads((folder / STATE_FILE).read_text())
-        state = State(**saved["state"])
-        before, processes = saved["config"], saved["num_processes"]
+        state, before, processes = State(**saved["state"]), dict(saved["config"]), int(saved["num_processes"])
+        check_state(state, processes)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
             f"resume: {folder} is no complete checkpoint ({STATE_FILE}: {type(error).__name__}); expected "
             "--resume auto or a folder that a run wrote, e.g. --resume runs/digits/checkpoint"
         ) from error
     now = json.loads(json.dumps(asdict(config)))  # through JSON, as the saved one went
+    free = FREE_ON_RESUME | ({"epochs"} if epochs_change_nothing(config) else set())
     changed = [
         f"{key} (there {before.get(key)!r}, now {now.get(key)!r})"
-        for key in sorted((before.keys() | now.keys()) - FREE_ON_RESUME)
+        for key in sorted((before.keys() | now.keys()) - free)
         if before.get(key) != now.get(key)
     ]
     if changed:
-        raise RecipeError(f"resume: {folder} was written with other settings: {', '.join(changed)}")
+        why = ""
+        if "epochs" in now and before.get("epochs") != config.epochs and "epochs" not in free:
+            why = "; other epochs would be another course of the learning rate or the drop rate, not more of this one"
+        raise RecipeError(f"resume: {folder} was written with other settings: {', '.join(changed)}{why}")
     if processes != num_processes:
         raise RecipeError(
             f"resume: {folder} was written by {processes} processes and this run has {num_processes}, so that it "
@@ -173,6 +179,25 @@ def read_state(folder: Path, config: Config, num_processes: int) -> State:
         done = len(state.rows)
         raise RecipeError(f"resume: {folder} has {done} epochs already; expected --epochs {done} or more")
     return state
+
+
+def check_state(state: State, processes: int) -> None:
+    """Refuse a state that no run has written.
+
+    Raises:
+        ValueError: a value has the wrong type or length.
+    """
+    right = isinstance(state.rows, list) and all(isinstance(row, dict) and "test_top1" in row for row in state.rows)
+    right = right and isinstance(state.epoch_steps, int) and state.epoch_steps >= 0
+    right = right and isinstance(state.train_seconds, int | float)
+    right = right and len(state.sums) == (processes if state.epoch_steps else 0)
+    if not right:
+        raise ValueError(f"{STATE_FILE} is not what a run writes")
+
+
+def epochs_change_nothing(config: Config) -> bool:
+    """Whether more epochs are more of the same: no schedule that ends with the run."""
+    return config.lr_schedule != "cosine" and config.drop_schedule == "constant" and config.warmup_epochs == 0
 
 
 def save_checkpoint(accelerator: Accelerator, config: Config, state: State) -> None:

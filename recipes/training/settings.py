@@ -61,7 +61,7 @@ class Config:
     batch_size: int = 64  # images in one optimizer step, all processes together
     accumulate_steps: int = 1  # forwards and backwards that share an optimizer step's images
     lr: float = 0.1
-    lr_schedule: Literal["cosine", "multistep"] = "cosine"
+    lr_schedule: Literal["cosine", "multistep", "constant"] = "cosine"
     milestones: list[int] = field(default_factory=list)  # epochs, of multistep
     lr_gamma: float = 0.1
     warmup_epochs: int = 0
@@ -82,36 +82,56 @@ class Config:
         ranges = {
             "epochs": (1, math.inf), "image_size": (1, math.inf), "seed": (0, 2**31), "batch_size": (2, math.inf),
             "warmup_epochs": (0, math.inf), "num_workers": (0, math.inf), "weight_decay": (0, math.inf),
-            "momentum": (0, 1), "label_smoothing": (0, 1), "drop_prob": (0, 1), "alpha": (0, 1),
+            "alpha": (0, 1), "lr_gamma": (0, 1),
             "max_steps": (1, math.inf), "checkpoint_steps": (1, math.inf), "num_classes": (2, math.inf),
-            "train_images": (2, math.inf), "accumulate_steps": (1, math.inf), "lr_gamma": (0, 1),
-            "mixup": (0, math.inf), "cutmix": (0, math.inf), "ema_decay": (0, 1), "gap_images": (0, math.inf),
+            "train_images": (2, math.inf), "accumulate_steps": (1, math.inf),
+            "mixup": (0, math.inf), "cutmix": (0, math.inf), "gap_images": (0, math.inf),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 expected = f"a number of at least {low}" if high == math.inf else f"a number from {low} to {high}"
                 raise RecipeError(f"{name} is {value}; expected {expected}, e.g. --{name} {low}")
+        for name in ("drop_prob", "momentum", "label_smoothing", "ema_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise RecipeError(f"{name} is {value}; expected a number from 0 to below 1, e.g. --{name} 0.1")
         for name in ("lr", "temperature", "clip_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise RecipeError(f"{name} is {value}; expected a positive number, e.g. --{name} 0.1")
         if not self.output_dir:
             raise RecipeError("output_dir is empty; expected a folder, e.g. --output_dir runs/digits")
+        self.output_dir = os.path.expanduser(self.output_dir)
         if self.lr_schedule == "multistep" and not self.milestones:
             raise RecipeError(
                 "lr_schedule multistep has no milestones; expected epochs, e.g. --milestones [75,130,180]"
             )
-        if sorted(set(self.milestones)) != self.milestones or any(epoch < 1 for epoch in self.milestones):
+        if self.milestones and self.lr_schedule != "multistep":
             raise RecipeError(
-                f"milestones is {self.milestones}; expected rising epochs from 1, e.g. --milestones [75,130,180]"
+                f"milestones is {self.milestones}, which lr_schedule {self.lr_schedule} does not use; expected "
+                "--lr_schedule multistep or --milestones []"
+            )
+        rising = sorted(set(self.milestones)) == self.milestones
+        if not rising or any(not 1 <= epoch < self.epochs for epoch in self.milestones):
+            low = max(2, self.epochs)
+            raise RecipeError(
+                f"milestones is {self.milestones} of {self.epochs} epochs; expected rising epochs from 1 to "
+                f"{self.epochs - 1}, at which the learning rate falls, e.g. --milestones [{low * 3 // 8 or 1}]"
             )
 
 
 def make_parser() -> ArgumentParser:
     """The command line: --config FILE, and --key value for every field of Config, the later winning."""
     # abbreviations off: --epoch must be an unknown option, not a quiet --epochs
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description="Train an image classifier.")
+    parser = ArgumentParser(
+        exit_on_error=False,
+        allow_abbrev=False,
+        description=(
+            "Train an image classifier, plainly or as an R-Block model. "
+            "recipes/configs/digits.yaml explains each setting."
+        ),
+    )
     parser.add_argument("--config", action="config", help="a YAML file of settings, e.g. recipes/configs/digits.yaml")
     parser.add_class_arguments(Config, as_group=False)
     return parser
@@ -140,7 +160,7 @@ def to_yaml(config: Config) -> str:
 def near(name: str, known: Iterable[str]) -> str:
     """The known names that resemble a name, for an error message."""
     matches = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(matches)}?" if matches else "no known name is near"
+    return f"did you mean {' or '.join(matches)}?" if matches else "no known name is near."
 
 
 def exit_with(error: Exception) -> NoReturn:
