@@ -35,7 +35,7 @@ def read_options(words: list[str]) -> tuple[Path, Path | None]:
     Raises:
         RecipeError: an option is unknown or missing.
     """
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=__doc__)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=__doc__.partition("\n\n")[0])
     parser.add_argument("runs", type=str, help="a sweep's output_dir, or any folder of runs")
     parser.add_argument("--output", type=str | None, help="where the report goes; RUNS/report by default")
     try:

@@ -124,7 +124,7 @@ def read_options(words: list[str]) -> Options:
         RecipeError: an option is unknown, has the wrong type or range.
     """
     cut = words.index("--") if "--" in words else len(words)
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=__doc__)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=__doc__.partition("\n\n")[0])
     parser.add_argument("table", type=str, help="a table's name (recipes/tables) or the path of a YAML file")
     parser.add_argument("--output_dir", type=str | None, help="instead of the table's")
     parser.add_argument("--config", type=str | None, help="one column of this train config instead of the table's")
