@@ -102,7 +102,7 @@ class Run:
 def prepare_run(
     config: Config, data: ImageData, network: nn.Module, accelerator: Accelerator, steps_per_epoch: int
 ) -> Run:
-    """Loss, optimizer, schedules, moving average and mixing, the first three as Accelerate wraps them."""
+    """Model, optimizer and learning rate as Accelerate wraps them, loss, drop schedule, moving average and mixing."""
     network.to(accelerator.device)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
