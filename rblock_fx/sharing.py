@@ -1,7 +1,8 @@
 """Storing a masked map once: a ReLU in front of a mask saves what the mask gives instead of what itself gave."""
 
 import operator
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -41,15 +42,17 @@ def share_saved_maps(
             continue
         if set(x.users) != {mask} or x in plain.used_within or id(values[x]) in kept:
             continue
+        if _is_used_by_another_name(x, values):
+            continue
         giver = x.args[0] if x.target is operator.getitem else x
         with graph.inserting_after(mask):
             call = graph.call_function(save_masked_only, (x, mask))
-        if isinstance(giver, fx.Node) and giver.op == "call_module":
-            with graph.inserting_before(call):
-                call.args = (x, mask, graph.get_attr(str(giver.target)))
+        callers = [mask, giver] if isinstance(giver, fx.Node) and giver.op == "call_module" else [mask]
+        with graph.inserting_before(call):
+            call.args = (x, mask, *(graph.get_attr(str(caller.target)) for caller in callers))
 
 
-def save_masked_only(x: Tensor, masked: Tensor, giver: nn.Module | None = None) -> None:
+def save_masked_only(x: Tensor, masked: Tensor, *modules: nn.Module) -> None:
     """Let the ReLU that gave x save `masked` for backward in place of x, which then need not be kept.
 
     A ReLU (and a leaky one in place) saves its result, and asks of it in backward only where it is positive; the layer
@@ -57,21 +60,23 @@ def save_masked_only(x: Tensor, masked: Tensor, giver: nn.Module | None = None) 
     where the other is; where it drops, the gradient that arrives is zero, if all of it comes through the mask. So the
     gradients are the same, and one map is stored instead of two.
 
-    Nothing happens where x is no ReLU's; where the module that gave it, or one inside, has hooks, which may use x too;
-    where its saved tensor belongs to other hooks (activation checkpointing, `save_on_cpu`); and under torch.compile,
-    which decides by itself what to recompute.
+    Nothing happens where x is no ReLU's; where someone else holds it, or hooks may have seen it or may change its
+    gradient, so that not all of it comes through the mask; where its saved tensor belongs to other hooks (activation
+    checkpointing, `save_on_cpu`); and under torch.compile, which decides by itself what to recompute.
 
     Args:
         x: the map, (2N, C, *S).
         masked: the same, masked.
-        giver: the module whose output x is.
+        *modules: the mask, and the module whose output x is.
 
     Raises:
         RuntimeError: in backward, if the masked map was changed in place after the mask.
     """
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.grad_fn is None:
         return
-    if x.grad_fn.name() not in SIGN_ONLY or _has_hooks(giver):
+    if x.grad_fn.name() not in SIGN_ONLY or x._backward_hooks or any(map(_has_hooks, modules)):
+        return
+    if sys.getrefcount(x) > _HELD_BY_ITS_CALLER or module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return
     kept = masked.detach()
     version = kept._version
@@ -95,7 +100,36 @@ def _is_same_memory(first: Tensor, second: Tensor) -> bool:
     return first.untyped_storage() is second.untyped_storage()
 
 
-def _has_hooks(giver: nn.Module | None) -> bool:
-    if module._global_forward_hooks:
-        return True
-    return giver is not None and any(inner._forward_hooks for inner in giver.modules())
+def _is_used_by_another_name(x: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
+    """Whether a node that gave x's memory, as the input of a ReLU in place does, is used for more than to make x."""
+
+    def has_memory_of_x(node: fx.Node) -> bool:
+        leaves = pytree.tree_leaves(values.get(node))
+        return any(isinstance(leaf, Tensor) and _is_same_memory(leaf, values[x]) for leaf in leaves)
+
+    names = {node for node in values if node is not x and has_memory_of_x(node)}
+    for name in names:
+        users = set(name.users) - names - {x}
+        if not isinstance(values[name], Tensor):  # who takes an item that has x's memory is a name itself
+            users = {user for user in users if user.target is not operator.getitem}
+        if users:
+            return True
+    return False
+
+
+def _has_hooks(part: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(inner, kind) for inner in part.modules() for kind in kinds)
+
+
+def _count_as_called(x: Tensor) -> int:
+    return sys.getrefcount(x)
+
+
+def _count_of_a_local() -> int:
+    x = torch.empty(0)
+    return _count_as_called(x)
+
+
+# How often a tensor counts that its caller alone holds, in a variable; this differs between versions of Python.
+_HELD_BY_ITS_CALLER = _count_of_a_local()

@@ -369,6 +369,75 @@ def test_a_loss_on_the_map_that_a_hook_sees_gets_its_gradient(monkeypatch):
     assert torch.equal(gradient, model.b[0].weight.grad)
 
 
+class UsedElsewhere(nn.Module):
+    """A small network whose second masked map reaches the loss by another way, too."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.c0, self.c1, self.c2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.a0, self.act, self.fc = nn.ReLU(), Act(way), nn.Linear(8, 5)
+        self.way = way
+
+    def forward(self, x):
+        y = self.c1(self.a0(self.c0(x)))
+        view = y.flatten(2) if self.way == "view" else None
+        z = self.act(y)
+        if self.way == "in place":
+            return self.fc((self.c2(z) + y).mean((2, 3)))
+        if self.way == "view":
+            return self.fc(self.c2(z).mean((2, 3)) + view.mean(2))
+        if self.way == "twice":
+            return self.fc(self.c2(z[0]).mean((2, 3)) + z[1].mean((2, 3)))
+        return self.fc(self.c2(z).mean((2, 3)))
+
+
+class Act(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.feats = way, []
+
+    def forward(self, y):
+        z = F.relu(y, inplace=self.way in ("in place", "view"))
+        if self.way == "container":
+            self.feats[:] = [z]
+        if self.way == "gradient hook" and z.requires_grad:
+            z.register_hook(lambda gradient: gradient + 0.1)
+        return (z, z) if self.way == "twice" else z
+
+
+WAYS = ["in place", "view", "twice", "container", "gradient hook", "mask hook", "mask pre-hook", "mask backward hook"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_map_that_is_used_by_another_way_keeps_its_gradient(way, monkeypatch):
+    torch.manual_seed(0)
+    model = apply_rblock(UsedElsewhere(way), ["a0", "act"], drop_prob=0.5, input_size=(3, 8, 8))
+    seen = []
+    last = [module for module in model.rblock.modules() if isinstance(module, BDropDML)][-1]
+    if way == "mask hook":
+        last.register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
+    if way == "mask pre-hook":
+        last.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    if way == "mask backward hook":
+        last.register_full_backward_hook(lambda _module, gradients, _output: (gradients[0] + 0.1,))
+    images = torch.randn(4, 3, 8, 8)
+
+    def gradients():
+        torch.manual_seed(1)
+        seen.clear()
+        model.zero_grad()
+        loss = model(images).square().sum()
+        for kept in [*seen, *(model.act.feats if way == "container" else [])]:
+            loss = loss + 10 * kept.square().mean()
+        loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    ours = gradients()
+    monkeypatch.setattr(sharing, "SIGN_ONLY", ())
+    for one, other in zip(ours, gradients(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_the_benchmark_runs(tmp_path):
     path = tmp_path / "memory.json"
     script = [sys.executable, str(ROOT / "benchmarks" / "bench_memory.py")]
