@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -40,8 +41,8 @@ def command_line(script: str, description: str | None) -> argparse.ArgumentParse
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="a small part in under a minute, to see that it works")
-    parser.add_argument("--rounds", type=int, default=None, help="rounds that a median is taken over")
-    parser.add_argument("--threads", type=int, default=2, help="torch's threads on a CPU (default %(default)s)")
+    parser.add_argument("--rounds", type=_positive, default=None, help="rounds that a median is taken over")
+    parser.add_argument("--threads", type=_positive, default=2, help="torch's threads on a CPU (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, images and masks (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument(
@@ -81,7 +82,7 @@ def run(
         rows = measure(options)
         result = {
             "benchmark": script,
-            "command": " ".join(["python", f"benchmarks/bench_{script}.py", *(arguments or sys.argv[1:])]),
+            "command": shlex.join(["python", f"benchmarks/bench_{script}.py", *(arguments or sys.argv[1:])]),
             "environment": environment(options),
             "seconds": round(time.time() - started, 1),
             "rows": rows,
@@ -106,6 +107,14 @@ def _with_rows_of(earlier: Row, result: Row, key: Sequence[str]) -> Row:
     kept = [row for row in earlier["rows"] if [row[name] for name in key] not in new]
     run = {name: earlier[name] for name in ("command", "environment", "seconds")}
     return result | {"earlier_runs": [*earlier.get("earlier_runs", []), run], "rows": kept + result["rows"]}
+
+
+def _positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
 
 
 def environment(options: argparse.Namespace) -> Row:
