@@ -17,18 +17,18 @@ CONFIGS = sorted((RECIPES / "configs").rglob("*.yaml"))
 
 # What a step of each needs here that it does not on the machine that it is for.
 SMALLER = {
-    "cifar10_resnet18": ["--batch_size", "32", "--num_workers", "1"],
-    "cifar10_vgg16": ["--batch_size", "32", "--num_workers", "1"],
-    "cifar100_resnet18": ["--batch_size", "32", "--num_workers", "1"],
-    "cifar100_vgg16": ["--batch_size", "32", "--num_workers", "1"],
+    "cifar10_resnet18": ["--batch_size", "8", "--num_workers", "1"],
+    "cifar10_vgg16": ["--batch_size", "8", "--num_workers", "1"],
+    "cifar100_resnet18": ["--batch_size", "8", "--num_workers", "1"],
+    "cifar100_vgg16": ["--batch_size", "8", "--num_workers", "1"],
     "digits": [],
     "fashion_mnist": [],
-    "tinyimagenet_resnet34": ["--batch_size", "32", "--num_workers", "1"],
+    "tinyimagenet_resnet34": ["--batch_size", "8", "--num_workers", "1"],
     # weights that no hub gives here, and fewer of its large images
     "imagefolder_resnet50": [
-        "--model_kwargs.pretrained", "false", "--batch_size", "8", "--image_size", "96", "--num_workers", "1",
+        "--model_kwargs.pretrained", "false", "--batch_size", "8", "--image_size", "64", "--num_workers", "1",
     ],
-    "stream_resnet50": ["--batch_size", "8", "--num_workers", "2", "--num_classes", "3", "--image_size", "96"],
+    "stream_resnet50": ["--batch_size", "8", "--num_workers", "2", "--num_classes", "3", "--image_size", "64"],
 }  # fmt: skip
 
 PATCH = """
@@ -43,13 +43,13 @@ def data_dirs(tmp_path_factory) -> dict[str, Path]:
     """A folder for each data set, and one whose sitecustomize tells torchvision the checksums of the CIFAR files."""
     root = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        files.write_cifar(root / "cifar", CIFAR10, patch, count=20)
-        files.write_cifar(root / "cifar", CIFAR100, patch, count=100)
+        files.write_cifar(root / "cifar", CIFAR10, patch, count=10)
+        files.write_cifar(root / "cifar", CIFAR100, patch, count=40)
         sums = [repr(value) for kind in (CIFAR10, CIFAR100) for value in (kind.train_list, kind.test_list, kind.meta)]
     (root / "site").mkdir()
     (root / "site" / "sitecustomize.py").write_text(PATCH.format(*sums))
     files.write_fashion(root / "fashion", train=300, test=40)
-    files.write_tiny_imagenet(root / "tiny", per_class=25)
+    files.write_tiny_imagenet(root / "tiny", per_class=10)
     files.write_folders(root / "folders", per_class=8)
     files.write_shards(root / "shards", png=files.noisy_png)
     return {
@@ -87,7 +87,7 @@ def test_every_settings_file_trains_two_steps(path, data_dirs, tmp_path):
         *ONE_PROCESS, str(RECIPES / "train.py"), "--config", str(path), "--output_dir", str(folder), "--max_steps", "2",
         "--data_dir", str(data_dirs[config.dataset]), "--download", "false", *SMALLER[path.stem],
     ]  # fmt: skip
-    environment = ENVIRONMENT | {"PYTHONPATH": str(data_dirs["site"]), "OMP_NUM_THREADS": "2"}
+    environment = ENVIRONMENT | {"PYTHONPATH": str(data_dirs["site"])}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = result_of(folder)
