@@ -88,10 +88,11 @@ def train(config: Config, signal_received: Callable[[], str | None] = lambda: No
         if config.trackers:
             accelerator.init_trackers("rblock-fx")
         rows = train_epochs(run, train_loader, test_loader, state, console, signal_received)
-        weights = accelerator.get_state_dict(run.model)
-        if rows and accelerator.is_main_process:
-            planned = config.epochs * steps_per_epoch
-            write_results(config, data, rows, weights, run.ema, accelerator, rows[-1]["step"], planned)
+        if rows:
+            weights = accelerator.get_state_dict(run.model)  # all processes call it
+            if accelerator.is_main_process:
+                planned = config.epochs * steps_per_epoch
+                write_results(config, data, rows, weights, run.ema, accelerator, rows[-1]["step"], planned)
     if rows:
         console.print(f"top-1 {rows[-1]['test_top1']:.2f} % (best {best_top1(rows):.2f} %), written to {folder}")
     accelerator.end_training()

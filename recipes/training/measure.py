@@ -55,7 +55,10 @@ def training_row(sums: list[float]) -> Row:
 
 @torch.no_grad()
 def evaluate(model: Callable[[Tensor], Tensor], loader: Any, prepare: Prepare, accelerator: Accelerator) -> list[float]:
-    """Cross-entropy (nats) and top-1 (%) over a whole split that the processes share, each image counted once."""
+    """Cross-entropy (nats) and top-1 (%) over a whole split.
+
+    The processes share it and each image counts once; a stream, which each of them reads whole, counts once for each.
+    """
     sums = torch.zeros(3, device=accelerator.device)
     for images, targets in loader:
         with accelerator.autocast():

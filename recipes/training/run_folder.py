@@ -64,10 +64,11 @@ def writing(folder: Path) -> Iterator[None]:
         complete = [name for name in CHECKPOINTS if (folder / name / STATE_FILE).exists()]
         kept = f"; {folder / complete[0]} is complete: continue with --resume auto" if complete else ""
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        full = isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        room = "" if full else f" ({free:.1f} MiB free there); make room, or"
+        # torch's and safetensors' own errors do not tell whether the disk is full
+        may_be_full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = f" ({free:.1f} MiB free there); make room, or" if may_be_full else ";"
         raise RecipeError(
-            f"cannot write to output_dir {folder}: {reason}{room or ';'} name another folder with --output_dir{kept}"
+            f"cannot write to output_dir {folder}: {reason}{remedy} name another folder with --output_dir{kept}"
         ) from error
 
 
