@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -244,47 +245,71 @@ def test_a_loss_that_is_no_number_ends_the_run_at_its_step(in_process, tmp_path,
 
 # --- a disk that is full ---------------------------------------------------------------------------------------------
 
-LIMITED = (
-    "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); sys.argv = sys.argv[1:]; "
-)
-LIMITED += "runpy.run_path(sys.argv[0], run_name='__main__')"
+UNSHARED = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]  # may mount, without being root
+
+# Files of more than so many bytes cannot be written, from the start or from when a file is there.
+LIMITED = """
+import pathlib, resource, runpy, sys, threading, time
+limit, there = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+def lower():
+    while not there.exists():
+        time.sleep(0.001)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+lower() if there.exists() else threading.Thread(target=lower, daemon=True).start()
+sys.argv = sys.argv[3:]
+sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-@pytest.mark.parametrize("full_from", ["config", "checkpoint", "second checkpoint"])
-def test_a_full_disk_is_one_line_and_keeps_what_was_whole(full_from, tmp_path):
-    """On a tmpfs of a few MiB where the system lets one be mounted, else under a limit on the size of a file."""
-    folder = tmp_path / "small" / "run"
-    folder.parent.mkdir()
-    size = {"config": 0, "checkpoint": 1_000, "second checkpoint": 7_000}[full_from]  # KiB; a checkpoint takes 4,600
-    command = [sys.executable, *SCRIPT, *TINY, "--epochs", "3", "--gap_images", "0", "--output_dir", str(folder)]
-    mount = (
-        f"mount -t tmpfs -o size={size}k tmpfs {folder.parent} && dd if=/dev/zero of={folder.parent}/x bs=1k count=1"
+def run_in_little_room(folder: Path, kibibytes: int, after: Path) -> subprocess.CompletedProcess[str] | None:
+    """Run in a tmpfs of that size, which is copied to `after` at the end; None where none can be mounted."""
+    mount = f"mount -t tmpfs -o size={kibibytes}k tmpfs {folder.parent}"
+    if subprocess.run([*UNSHARED, mount], capture_output=True, check=False).returncode != 0:
+        return None
+    command = shlex.join([sys.executable, *SCRIPT, *SHORT, "--output_dir", str(folder)])
+    script = f"{mount}; {command}; rc=$?; cp -r {folder} {after}; exit $rc"
+    return subprocess.run([*UNSHARED, script], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+
+def run_with_small_files(folder: Path, kibibytes: int, there: Path) -> subprocess.CompletedProcess[str]:
+    """Run with a limit on the size of a file from when `there` exists."""
+    command = [sys.executable, "-c", LIMITED, str(1024 * kibibytes), str(there), *SCRIPT, *SHORT]
+    command += ["--output_dir", str(folder)]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+
+SHORT = [*TINY, "--epochs", "3", "--gap_images", "0"]
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_one_line(tmp_path):
+    folder = tmp_path / "run"
+    done = run_with_small_files(folder, 500, there=folder)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert re.match(r"error: cannot write to output_dir .*MiB free there\); make room, or name another folder", line), (
+        line
     )
-    mount = mount.replace("size=0k", "size=4k") if size == 0 else mount
-    look = f"rc=$?; rm -f {folder.parent}/x; cp -r {folder.parent} {tmp_path}/after; exit $rc"
-    mountable = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
-    probe = subprocess.run([*mountable, mount], capture_output=True, check=False)
-    if probe.returncode == 0:
-        import shlex
+    assert {path.name for path in folder.iterdir()} == {".lock", "config.yaml"}
 
-        done = subprocess.run(
-            [*mountable, f"{mount} 2>/dev/null; {shlex.join(command)}; {look}"],
-            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        folder = tmp_path / "after" / "run"
+
+@pytest.mark.parametrize("way", ["tmpfs", "limit"])
+def test_a_disk_that_fills_up_is_one_line_and_keeps_what_was_whole(way, tmp_path):
+    """With room for one checkpoint of 4,600 KiB and not for two; where nothing can be mounted, under a limit alone."""
+    (tmp_path / "small").mkdir()
+    folder = tmp_path / "small" / "run"
+    done = run_in_little_room(folder, 7_000, tmp_path / "after") if way == "tmpfs" else None
+    if done is None:
+        done = run_with_small_files(folder, 500, there=folder / "checkpoint" / "state.json")
     else:
-        limited = [sys.executable, "-c", LIMITED.format(size * 1024), *command[1:]]
-        done = subprocess.run(limited, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        folder = tmp_path / "after"
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert re.match(r"error: cannot write to output_dir .*small.*MiB free there", line), line
-    left = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if full_from == "second checkpoint":
-        assert "continue with --resume auto" in line
-        assert steps_of(folder) == STEPS
-        assert left == {".lock", "config.yaml", "checkpoint", "best.safetensors", "metrics.csv"}
-    else:
-        assert "checkpoint" not in left
+    assert "continue with --resume auto" in line
+    assert steps_of(folder) == STEPS
+    left = {path.name for path in folder.iterdir()}
+    assert left - {"metrics.csv"} == {".lock", "config.yaml", "checkpoint", "best.safetensors"}
 
 
 # --- optimisation ----------------------------------------------------------------------------------------------------
