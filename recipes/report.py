@@ -17,7 +17,7 @@ from reporting.figures import draw_figures
 from reporting.page import to_html
 from reporting.text import report_text
 from training.run_folder import write_atomically
-from training.settings import RecipeError, exit_with
+from training.settings import RecipeError, argument_error, exit_with
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def read_options(words: list[str]) -> tuple[Path, Path | None]:
     try:
         options = parser.parse_args(words)
     except ArgumentError as error:
-        raise RecipeError(f"{error}; `python recipes/report.py --help` lists the options") from error
+        raise argument_error(error, {"output": str}, "recipes/report.py") from error
     return Path(options.runs), Path(options.output) if options.output is not None else None
 
 

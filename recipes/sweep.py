@@ -17,7 +17,7 @@ from argparse import ArgumentError
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -36,7 +36,7 @@ from sweeping.grid import (
 from sweeping.jobs import Outcome, run_all
 from sweeping.run_state import Found, look
 from training.run_folder import claim, write_atomically, writing
-from training.settings import RecipeError, exit_with
+from training.settings import RecipeError, argument_error, exit_with
 
 SWEEP_FILE = "sweep.yaml"
 
@@ -140,7 +140,7 @@ def read_options(words: list[str]) -> Options:
     try:
         options = Options(**parser.parse_args(words[:cut]).as_dict(), extra=words[cut + 1 :])
     except ArgumentError as error:
-        raise RecipeError(f"{error}; `python recipes/sweep.py --help` lists the options") from error
+        raise argument_error(error, get_type_hints(Options), "recipes/sweep.py") from error
     for name in ("jobs", "num_processes"):
         if getattr(options, name) < 1:
             raise RecipeError(f"{name} is {getattr(options, name)}; expected at least 1, e.g. --{name} 1")

@@ -189,6 +189,14 @@ def test_tables_hold_the_runs_numbers(tmp_path):
     assert ours["100 %"].startswith(f"{np.mean(best['plain']):.2f} ± ")
 
 
+def test_one_seed_gives_differences_and_no_test(tmp_path):
+    text = text_of(make_sweep(tmp_path, seeds=[1]))
+    first, _ = tables_of(text, "Tests, seed by seed")
+    assert all(row["difference"] != "-" and row["p"] == row["p, Holm"] == "-" for row in first)
+    assert text.count("(no tests: they need two common seeds that differ)") == 2  # best epoch, last epoch
+    assert "a family of" not in text
+
+
 def test_tests_are_paired_by_seed_and_corrected_over_the_table(tmp_path):
     text = text_of(make_sweep(tmp_path))
     best = {name: [top + NOISE[s] + 0.1 * s * len(name) for s in range(3)] for name, top in TOP1.items()}

@@ -160,7 +160,7 @@ def test_wrong_options_are_told():
         sweep.sweep(options("table3_smok"))
     with pytest.raises(settings.RecipeError, match=r"jobs is 0; expected at least 1, e\.g\. --jobs 1"):
         options("table3", "--jobs", "0")
-    with pytest.raises(settings.RecipeError, match=r"sweep\.py --help"):
+    with pytest.raises(settings.RecipeError, match=r"--job 1; did you mean jobs\? `python recipes/sweep\.py --help`"):
         options("table3", "--job", "1")
     with pytest.raises(settings.RecipeError, match=r"cluster_options without a cluster"):
         options("table3", "--cluster_options", "{timeout_min: 1}")

@@ -203,7 +203,8 @@ def tests_part(runs: Runs, column: str) -> list[str]:
             lines.append((row, other, *cells, one.seeds if one else 0))
         header = ("method", "against", "difference", "95 % interval", "p", "p, Holm", "common seeds")
         tests = sum(one is not None and one.p is not None for one in found)
-        parts += [f"At the {name} (a family of {tests} tests):", table(header, lines)]
+        family_text = f"a family of {tests} tests" if tests else "no tests: they need two common seeds that differ"
+        parts += [f"At the {name} ({family_text}):", table(header, lines)]
     return parts
 
 

@@ -3,12 +3,13 @@
 import difflib
 import math
 import os
+import re
 import sys
 import time
 from argparse import ArgumentError
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -146,9 +147,34 @@ def read_config(arguments: list[str] | None = None) -> Config:
     try:
         values = make_parser().parse_args(arguments).as_dict()
     except ArgumentError as error:
-        raise RecipeError(f"{error}; `python recipes/train.py --help` lists the settings") from error
+        raise argument_error(error, get_type_hints(Config), "recipes/train.py") from error
     values.pop("config")
     return Config(**values)
+
+
+def argument_error(error: ArgumentError, types: dict[str, Any], script: str) -> RecipeError:
+    """What jsonargparse says of a mistake, with the name that may have been meant.
+
+    Args:
+        error: jsonargparse's.
+        types: the name of every option and its type.
+        script: the script whose options they are, for the advice.
+    """
+    message = " ".join(str(error).split())
+    value = re.match(r'Parser key "(\w+)": .* (?:Got value|Given value): (.*)', message)
+    unknown = re.match(r"unrecognized arguments: --(\w+)|Option '(\w+)' is not accepted", message)
+    if value is not None and get_origin(types.get(value[1])) is Literal:
+        choices = get_args(types[value[1]])
+        message = f"{value[1]} is {value[2]!r}; {near(value[2], choices)} Known: {', '.join(choices)};"
+    elif value is not None and value[1] in types:
+        expected = types[value[1]]
+        name = expected.__name__ if isinstance(expected, type) else str(expected).replace("typing.", "")
+        message = f"{value[1]} is {value[2]!r}; expected {name};"
+    elif unknown is not None:
+        message += f"; {near(unknown[1] or unknown[2], types)}"
+    else:
+        message += ";"
+    return RecipeError(f"{message} `python {script} --help` lists what can be set")
 
 
 def to_yaml(config: Config) -> str:
