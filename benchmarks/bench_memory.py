@@ -36,7 +36,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from benchmarks import harness
 from benchmarks.live_bytes import Life, LiveBytes, SavingParts, allocator_peak
 from benchmarks.methods import COLOURS, METHODS, SITES, competitor
-from benchmarks.models import MODELS, images_and_labels
+from benchmarks.models import MODELS, STUDIED, images_and_labels
 
 QUICK_MODELS = ("resnet18", "convnext_atto")
 QUICK_BATCH = 2
@@ -46,7 +46,8 @@ def main() -> None:
     """Run from the command line."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's notices of starting and stopping
     parser = harness.command_line("memory", __doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=None, help="networks (default all)")
+    known = f"networks (default {' '.join(STUDIED)})"
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=None, help=known)
     parser.add_argument("--batch", type=int, default=None, help="images in a batch (default: each network's own)")
     parser.set_defaults(threads=1)
     harness.run("memory", parser, measure, table, draw)
@@ -54,7 +55,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> list[harness.Row]:
     """One row per network and method. Bytes are exact, so rounds would repeat them."""
-    names = options.models or (QUICK_MODELS if options.quick else MODELS)
+    names = options.models or (QUICK_MODELS if options.quick else STUDIED)
     rows = []
     for name in names:
         settings = MODELS[name]

@@ -1,7 +1,7 @@
 """A whole training step of R-Block beside plain training and beside everything one would use instead.
 
     python benchmarks/bench_step.py                  # five networks, eager and compiled; about 50 minutes on two cores
-    python benchmarks/bench_step.py --quick          # one network, eager and compiled, small batch; under a minute
+    python benchmarks/bench_step.py --quick          # a tiny network, eager; some seconds
     python benchmarks/bench_step.py --models resnet50 --modes compiled --keep        # add to what the file has
     python benchmarks/bench_step.py --models resnet50 --modes eager --channels_last --autocast bfloat16
     python benchmarks/bench_step.py --show benchmarks/results/step-cpu.json
@@ -31,17 +31,18 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from benchmarks import harness
 from benchmarks.counters import count_flops
 from benchmarks.methods import COLOURS, METHODS, competitor
-from benchmarks.models import MODELS, images_and_labels
+from benchmarks.models import MODELS, STUDIED, images_and_labels
 
 MODES = ("eager", "compiled")
-QUICK_MODELS = ("resnet18",)
+QUICK_MODELS = ("test_resnet",)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = harness.command_line("step", __doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=None, help="networks (default all)")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="eager, compiled (default both)")
+    known = f"networks (default {' '.join(STUDIED)})"
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=None, help=known)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=None, help="default both; with --quick eager")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=None, help="beside plain (default all)")
     parser.add_argument("--batch", type=int, default=None, help="images in a batch (default: each network's own)")
     parser.add_argument("--channels_last", action="store_true", help="channels-last memory format, for all")
@@ -53,15 +54,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(options: argparse.Namespace) -> list[harness.Row]:
     """One row per network, mode and method."""
-    names = options.models or (QUICK_MODELS if options.quick else MODELS)
+    names = options.models or (QUICK_MODELS if options.quick else STUDIED)
     wanted = options.methods or (("two forwards", "R-Block, last two") if options.quick else METHODS)
     methods = list(dict.fromkeys(["plain", *wanted]))
+    modes = options.modes or (MODES[:1] if options.quick else MODES)
     rounds = options.rounds or (2 if options.quick else 11)
     rows = []
     for name in names:
         settings = MODELS[name]
-        batch = options.batch or (settings.quick_batch if options.quick else settings.batch)
-        for mode in options.modes:
+        batch = options.batch or settings.batch
+        for mode in modes:
             steps = {method: Step(name, method, batch, options) for method in methods}
             flops = {method: step.flops() for method, step in steps.items()}
             if mode == "compiled":

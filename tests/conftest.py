@@ -15,8 +15,10 @@ settings.register_profile("default", deadline=None, max_examples=50)
 settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-# Under xdist the workers share the cores.
+# Under xdist the workers share the cores, and so do the processes that tests start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -30,3 +32,12 @@ def _fresh_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def in_process():
+    """Runs the recipe in this process."""
+    from tests.recipe_tools import recipe_in_process
+
+    with recipe_in_process() as run:
+        yield run

@@ -1,9 +1,11 @@
 """Every benchmark runs, quickly, as its users run it: JSON, table, picture, --show, --help. Nothing here is timed."""
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from benchmarks import harness, readme
+from benchmarks import bench_step, harness, readme
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["rate", "convert", "masks", "step", "profile"]
@@ -36,6 +38,17 @@ def run(script, *arguments):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def run_here(script, monkeypatch, capsys, *arguments):
+    """The same in this process, which has imported everything: for what measures nothing."""
+    path = ROOT / "benchmarks" / f"bench_{script}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+    monkeypatch.syspath_prepend(path.parent)
+    capsys.readouterr()
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(str(path), run_name="__main__")
+    return capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +94,24 @@ def test_the_result_file_says_what_was_measured_and_where(script, quick):
     assert all(map(math.isfinite, numbers))
 
 
+def test_compiled_steps_are_measured_like_eager_ones(tmp_path, monkeypatch):
+    real, seen = torch.compile, []
+
+    def graphs_alone(network, **options):  # the compiler itself takes minutes; test_compile.py has it
+        seen.append(options)
+        return real(network, **options, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", graphs_alone)
+    path = tmp_path / "step.json"
+    bench_step.main(["--quick", "--modes", "compiled", "--threads", "1", "--device", "cpu", "--output", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["mode"], row["method"]) for row in rows] == [
+        ("compiled", method) for method in ("plain", "two forwards", "R-Block, last two")
+    ]
+    assert len(seen) == len(rows)
+    assert all(options["fullgraph"] for options in seen)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_picture_shows_something(script, quick):
     path, _ = quick(script)
@@ -92,11 +123,11 @@ def test_the_picture_shows_something(script, quick):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_show_prints_the_same_table_without_measuring(script, quick):
+def test_show_prints_the_same_table_without_measuring(script, quick, monkeypatch, capsys):
     path, printed = quick(script)
     before = path.read_bytes()
     path.with_suffix(".png").unlink()
-    assert run(script, "--show", path) == printed
+    assert run_here(script, monkeypatch, capsys, "--show", path) == printed
     assert path.read_bytes() == before
     assert path.with_suffix(".png").exists()
     table, _, written = printed.rstrip().rpartition("\n\n")
@@ -105,8 +136,8 @@ def test_show_prints_the_same_table_without_measuring(script, quick):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_every_option_and_the_commands(script):
-    text = run(script, "--help")
+def test_help_names_every_option_and_the_commands(script, monkeypatch, capsys):
+    text = run_here(script, monkeypatch, capsys, "--help")
     missing = [option for option in [*SHARED_OPTIONS, *OPTIONS.get(script, [])] if option not in text]
     assert missing == []
     assert f"python benchmarks/bench_{script}.py --quick" in text

@@ -13,7 +13,6 @@ TOOLS = [
     ["ruff", "check"],
     ["ruff", "format", "--check"],
     ["mypy"],
-    ["mypy", "--strict", "--ignore-missing-imports", "recipes"],
 ]
 
 

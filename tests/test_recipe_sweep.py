@@ -47,16 +47,19 @@ def finish(run: grids.Run, config: dict | None = None) -> dict:
 
 
 def stand_in(tmp_path: Path, monkeypatch, body: str) -> None:
-    """Let the sweep start this script instead of train.py; it finds its options in `args`, and a finish(args)."""
+    """Let the sweep start this script instead of train.py; it finds its settings in `args`, and a finish()."""
     script = tmp_path / "train.py"
     script.write_text(
-        "import json, os, sys, time, pathlib\n"
-        f"sys.path[:0] = [{str(RECIPES)!r}, {str(ROOT)!r}]\n"
-        "from sweeping import grid\nfrom training import settings\nfrom tests.recipe_folders import write_run\n"
-        "args = settings.read_config(sys.argv[1:])\nfolder = pathlib.Path(args.output_dir)\n"
-        "def finish():\n    write_run(folder, grid.plain(args) | {'resume': None}, [10.0, 20.0, 30.0, 40.0])\n" + body
+        "import json, os, sys, time, pathlib, types\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from tests.recipe_folders import write_run\n"
+        "settings = json.loads(sys.argv[1])\n"
+        "args, folder = types.SimpleNamespace(**settings), pathlib.Path(settings['output_dir'])\n"
+        "def finish():\n    write_run(folder, settings | {'resume': None}, [10.0, 20.0, 30.0, 40.0])\n" + body
     )
-    monkeypatch.setattr(sweep, "command_of", lambda run, _: [sys.executable, str(script), *run.options])
+    monkeypatch.setattr(
+        sweep, "command_of", lambda run, _: [sys.executable, str(script), json.dumps(grids.plain(run.config))]
+    )
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

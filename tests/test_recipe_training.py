@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 from training import epoch, measure, models, optimise, settings
 
 from tests import recipe_files as files
@@ -42,12 +44,6 @@ EVERYTHING = [  # whatever carries state from step to step
     "--drop_schedule", "linear", "--clip_grad_norm", "1", "--warmup_epochs", "1",
 ]  # fmt: skip
 STEPS = 9  # in an epoch of TINY
-
-
-@pytest.fixture
-def in_process():
-    with recipe_in_process() as run:
-        yield run
 
 
 @pytest.fixture(scope="module")
@@ -351,6 +347,34 @@ def test_a_clipped_gradient_bounds_the_step(in_process, tmp_path):
 
     assert length("clipped") == pytest.approx(0.001, rel=0.01)
     assert length("free") > 0.1
+
+
+def two_convolutions(pretrained: bool = False, num_classes: int = 10, in_chans: int = 1) -> nn.Module:
+    """A network that torch.compile is soon done with."""
+    assert not pretrained
+    return nn.Sequential(
+        OrderedDict(
+            stem=nn.Sequential(nn.Conv2d(in_chans, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()),
+            body=nn.Sequential(nn.Conv2d(8, 16, 3, 1, 1), nn.ReLU()),
+            head=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes)),
+        )
+    )
+
+
+def test_a_compiled_run_is_the_eager_one(in_process, tmp_path, monkeypatch):
+    monkeypatch.setitem(models.SMALL, "two_convolutions", ("resnet18", lambda _: two_convolutions()))
+    arguments = ["--model", "two_convolutions", "--model_kwargs", "{}", "--sites", "[body]", "--epochs", "1"]
+    for compiled in ("false", "true"):
+        in_process(*arguments, "--compile", compiled, "--output_dir", str(tmp_path / compiled))
+    (eager,), (compiled,) = (rows_of(tmp_path / name) for name in ("false", "true"))
+    numbers = {name for name, value in eager.items() if value and "second" not in name}
+    assert {"train_loss", "train_kl", "test_ce", "gap_kl"} <= numbers
+    for name in numbers:
+        near = {"abs": 1.0} if "top1" in name or "agreement" in name else {"rel": 1e-3}  # one image is 0.1 to 0.2 %
+        assert float(compiled[name]) == pytest.approx(float(eager[name]), **near), name
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("true", "false"))
+    assert ours.keys() == theirs.keys() == two_convolutions().state_dict().keys()
+    assert all(torch.allclose(ours[name].float(), theirs[name].float(), atol=1e-5) for name in ours)
 
 
 def test_the_average_follows_the_weights(in_process, tmp_path):
