@@ -363,6 +363,7 @@ def two_convolutions(pretrained: bool = False, num_classes: int = 10, in_chans: 
 
 def test_a_compiled_run_is_the_eager_one(in_process, tmp_path, monkeypatch):
     monkeypatch.setitem(models.SMALL, "two_convolutions", ("resnet18", lambda _: two_convolutions()))
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # the masks that eager mode draws
     arguments = ["--model", "two_convolutions", "--model_kwargs", "{}", "--sites", "[body]", "--epochs", "1"]
     for compiled in ("false", "true"):
         in_process(*arguments, "--compile", compiled, "--output_dir", str(tmp_path / compiled))
@@ -370,7 +371,7 @@ def test_a_compiled_run_is_the_eager_one(in_process, tmp_path, monkeypatch):
     numbers = {name for name, value in eager.items() if value and "second" not in name}
     assert {"train_loss", "train_kl", "test_ce", "gap_kl"} <= numbers
     for name in numbers:
-        near = {"abs": 1.0} if "top1" in name or "agreement" in name else {"rel": 1e-3}  # one image is 0.1 to 0.2 %
+        near = {"abs": 0.5} if "top1" in name or "agreement" in name else {"rel": 1e-3}  # an image is 0.1 to 0.2 %
         assert float(compiled[name]) == pytest.approx(float(eager[name]), **near), name
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("true", "false"))
     assert ours.keys() == theirs.keys() == two_convolutions().state_dict().keys()
