@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ def build(
     """
     drop_probs = one_per_site("drop_prob", settings.drop_prob, len(asked))
     block_sizes = one_per_site("block_size", settings.block_size, len(asked))
+    values = dict(zip(asked, zip(drop_probs, block_sizes, strict=True), strict=True))
 
     input_size = survey.input_size
     trace = trace_ancestors(replica, sites, survey)
@@ -55,17 +56,7 @@ def build(
     fork = fork_batch(trace.graph, calls, growths) if pairs else Fork(frozenset(), None)
     trace.graph.lint()
 
-    for name, (site, record) in masked.items():
-        place = asked.index(site)
-        mask = settings.mask_class(
-            drop_prob=float(drop_probs[place]),
-            block_size=int(block_sizes[place]),
-            calibration=settings.calibration,
-            shape=record.shape,
-            channel_axis=site.channel_axis,
-            forks=f"rblock.{name}" in fork.forking,
-        )
-        rblock.add_module(name, mask)
+    _add_masks(rblock, masked, values, settings, fork.forking)
     _give(replica, rblock)
 
     converted = _try_out(trace, replica, input_size, plain, parts=settings.mask_class.parts)
@@ -73,15 +64,6 @@ def build(
     keep_checkpointing(trace, replica)
     behind_fork = [call for call, path in calls.items() if path not in fork.forking]
     share_saved_maps(trace.graph, behind_fork, plain, converted, replica)
-    code = trace.graph.python_code("self")
-    forward = TrainingForward(code.src, code.globals, trace.specialised)
-    try:
-        forward.compile(type(replica).__name__)
-    except SyntaxError as error:
-        raise ConversionError(
-            f"the names of the modules of {type(replica).__name__} make no Python ({first_line(error)}: "
-            f"{(error.text or '').strip()}); rename them, e.g. ModuleDict({{'inner': ...}}) rather than 'in'."
-        ) from error
     rblock.conversion = Conversion(
         method=settings.method,
         calibration=settings.calibration,
@@ -91,7 +73,7 @@ def build(
             (site, {name: record.item for name, (at, record) in masked.items() if at == site}) for site in sites
         ),
         order=tuple(map(asked.index, sites)),
-        forward=forward,
+        forward=_training_forward(trace, type(replica).__name__),
         settings=trace.settings,
         inlined=containers_of(sites),
         paired_batch_norms=_paired_batch_norms(trace, plain, converted, settings),
@@ -99,6 +81,45 @@ def build(
         cost=cost,
     )
     return rblock
+
+
+def _add_masks(
+    rblock: RBlock,
+    masked: Mapping[str, tuple[Site, Record]],
+    values: Mapping[Site, tuple[float, int]],
+    settings: Settings,
+    forking: Collection[str],
+) -> None:
+    """Make the mask modules, each with its site's drop rate and block size."""
+    for name, (site, record) in masked.items():
+        drop_prob, block_size = values[site]
+        mask = settings.mask_class(
+            drop_prob=float(drop_prob),
+            block_size=int(block_size),
+            calibration=settings.calibration,
+            shape=record.shape,
+            channel_axis=site.channel_axis,
+            forks=f"rblock.{name}" in forking,
+        )
+        rblock.add_module(name, mask)
+
+
+def _training_forward(trace: Trace, name: str) -> TrainingForward:
+    """The graph as Python that runs.
+
+    Raises:
+        ConversionError: the names of the model's modules make no Python.
+    """
+    code = trace.graph.python_code("self")
+    forward = TrainingForward(code.src, code.globals, trace.specialised)
+    try:
+        forward.compile(name)
+    except SyntaxError as error:
+        raise ConversionError(
+            f"the names of the modules of {name} make no Python ({first_line(error)}: "
+            f"{(error.text or '').strip()}); rename them, e.g. ModuleDict({{'inner': ...}}) rather than 'in'."
+        ) from error
+    return forward
 
 
 def _give(replica: nn.Module, rblock: RBlock) -> None:

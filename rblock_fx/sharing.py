@@ -23,7 +23,8 @@ def share_saved_maps(
 
     Not where the masked map is changed in place later on, or is given to the caller, who may change it: the ReLU would
     need it as it was. And not where the mask is not all that uses the ReLU's map, so that a gradient comes in from
-    elsewhere: another node, the module that gave it, or an attribute in which a module keeps it.
+    elsewhere: another node, the module that gave it, an attribute in which a module keeps it, or a node that has the
+    same memory, as the input of a ReLU in place has.
 
     Args:
         graph: the graph.

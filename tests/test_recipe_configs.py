@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torchvision.datasets import CIFAR10, CIFAR100
 from training.models import create_model
-from training.settings import Config, read_config
+from training.settings import Config, make_parser, read_config
 
 from tests import recipe_files as files
 from tests.recipe_tools import ENVIRONMENT, ONE_PROCESS, RECIPES, ROOT, result_of, rows_of
@@ -77,6 +77,16 @@ def test_the_first_file_has_every_key():
     text = (RECIPES / "configs" / "digits.yaml").read_text()
     keys = {line.partition(":")[0] for line in text.splitlines() if line and line[0].isalpha()}
     assert keys == set(Config.__dataclass_fields__)
+
+
+def test_help_explains_every_setting():
+    told = {action.dest: action.help for action in make_parser()._actions}
+    assert [name for name in Config.__dataclass_fields__ if len(told[name]) < 6] == []
+    assert told["alpha"] == "weight of the KL term between the sub-models, 0 to 1"
+    assert told["method"].startswith("bdropdml, sdropdml")
+    assert told["method"].endswith("none: plain training")
+    assert "output_stride" not in told["model_kwargs"]
+    assert "--alpha ALPHA" in make_parser().format_help()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -211,7 +211,7 @@ def save_checkpoint(accelerator: Accelerator, config: Config, state: State) -> N
     Raises:
         RecipeError: the disk is full or cannot be written; the checkpoint before stays.
     """
-    current, previous = (Path(config.output_dir) / name for name in CHECKPOINTS)
+    current = Path(config.output_dir) / CHECKPOINTS[0]
     temporary = current.with_name("checkpoint.tmp")
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
@@ -219,22 +219,27 @@ def save_checkpoint(accelerator: Accelerator, config: Config, state: State) -> N
     try:
         with writing(current.parent):
             accelerator.save_state(str(temporary))
-            accelerator.wait_for_everyone()  # the other processes' random states lie there now
-            if accelerator.is_main_process:
-                saved = {
-                    "state": asdict(state), "config": asdict(config), "num_processes": accelerator.num_processes
-                }  # fmt: skip
-                (temporary / STATE_FILE).write_text(json.dumps(saved, indent=1))
-                _sync(temporary)
-                if current.exists():
-                    shutil.rmtree(previous, ignore_errors=True)
-                    current.rename(previous)
-                temporary.rename(current)
-                shutil.rmtree(previous, ignore_errors=True)
+        accelerator.wait_for_everyone()  # the other processes' random states lie there now
+        if accelerator.is_main_process:
+            with writing(current.parent):
+                _finish_checkpoint(temporary, config, state, accelerator.num_processes)
     except RecipeError:
         shutil.rmtree(temporary, ignore_errors=True)  # so that the next attempt has the room
         raise
     accelerator.wait_for_everyone()
+
+
+def _finish_checkpoint(temporary: Path, config: Config, state: State, num_processes: int) -> None:
+    """Say how far the run had come, and put the checkpoint in the place of the one before."""
+    current, previous = (Path(config.output_dir) / name for name in CHECKPOINTS)
+    saved = {"state": asdict(state), "config": asdict(config), "num_processes": num_processes}
+    (temporary / STATE_FILE).write_text(json.dumps(saved, indent=1))
+    _sync(temporary)
+    if current.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        current.rename(previous)
+    temporary.rename(current)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

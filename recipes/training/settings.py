@@ -9,6 +9,7 @@ import time
 from argparse import ArgumentError
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
@@ -18,6 +19,9 @@ Method = Literal[
     "dropout", "spatialdropout", "dropblock",  # one model
     "none",  # plain training: the model is not touched
 ]  # fmt: skip
+
+
+EXPLAINED = Path(__file__).resolve().parents[1] / "configs" / "digits.yaml"
 
 
 class RecipeError(ValueError):
@@ -135,7 +139,27 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="a YAML file of settings, e.g. recipes/configs/digits.yaml")
     parser.add_class_arguments(Config, as_group=False)
+    told = explanations()
+    for action in parser._actions:
+        action.help = told.get(action.dest, action.help or "").replace("%", "%%") or None
     return parser
+
+
+def explanations() -> dict[str, str]:
+    """What configs/digits.yaml says of each setting, in the comment beside it."""
+    told: dict[str, str] = {}
+    name = None
+    for line in EXPLAINED.read_text().splitlines():
+        setting = re.match(r"(\w+):[^#]*(?:# (.*))?", line)
+        more = re.match(r"\s+(?:\w+:[^#]*)?# (.*)", line)
+        if setting is not None:
+            name, words = setting[1], setting[2] or ""
+        elif more is not None and name is not None:
+            words = f"{told[name]} {more[1]}".strip()
+        else:
+            continue
+        told[name] = words
+    return told
 
 
 def read_config(arguments: list[str] | None = None) -> Config:
