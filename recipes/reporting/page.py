@@ -21,7 +21,8 @@ nav li.sub { padding-left: 1.2rem; font-size: .92em; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--edge); white-space: nowrap; text-align: left; }
-thead th { border-bottom-width: 2px; } tbody tr:hover { background: var(--soft); }
+thead th { border-bottom-width: 2px; white-space: normal; vertical-align: bottom; }
+tbody tr:hover { background: var(--soft); }
 img { max-width: 100%; height: auto; background: #fff; border-radius: .4rem; }
 pre { overflow-x: auto; background: var(--soft); padding: .7rem; border-radius: .4rem; } code { font-size: .88em; }
 @media (max-width: 40rem) { body { font-size: 15px; padding: .6rem; } }

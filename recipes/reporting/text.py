@@ -104,10 +104,11 @@ def paper_value(row: Row, column: str) -> str | None:
 def glance_part(runs: Runs) -> list[str]:
     """The paper's table with ours beside each of its columns."""
     others = paper_columns(runs)
-    header = ["method", *(f"paper, {name} (other data)" for name in others)]
+    header = ["method"]
     given = [c.name for c in runs.grid.columns if any(c.name in row.paper for row in runs.grid.rows)]
     for column in runs.grid.columns:
         header += [f"paper, {column.name}"] * (column.name in given) + [f"ours, {column.name}"]
+    header += [f"paper, {name} (other data)" for name in others]
     means = {
         column.name: {
             row.name: math.fsum(found) / len(found)
@@ -118,7 +119,7 @@ def glance_part(runs: Runs) -> list[str]:
     }
     lines = []
     for row in runs.grid.rows:
-        line: list[str | None] = [row.name, *(paper_value(row, name) for name in others)]
+        line: list[str | None] = [row.name]
         for column in runs.grid.columns:
             line += [paper_value(row, column.name)] * (column.name in given)
             mean = means[column.name].get(row.name)
@@ -127,20 +128,20 @@ def glance_part(runs: Runs) -> list[str]:
             text = None if mean is None else f"**{mean:.2f}**" if best else f"{mean:.2f}"
             full = count.split(" of ")[0] == count.split(" of ")[1]
             line.append(text if full else f"{text or DASH} ({count})")
-        lines.append(line)
+        lines.append([*line, *(paper_value(row, name) for name in others)])
     note = "Top-1 in percent at the best epoch, mean over seeds; ours is bold where it is the highest of its column."
     return [table(header, lines), note]
 
 
 def top1_part(runs: Runs, column: str) -> list[str]:
     """Mean, standard deviation, interval and number of seeds, at the best and at the last epoch."""
-    others = [column] if any(column in row.paper for row in runs.grid.rows) else paper_columns(runs)
-    header = ["method", *(f"paper{'' if name == column else f', {name}'}" for name in others)]
+    given = any(column in row.paper for row in runs.grid.rows)  # other data of the paper's stands at a glance
+    header = ["method", *["paper"] * given]
     for _, name in (BEST, LAST):
         header += [f"{name}, mean ± sd", "95 % interval"]
     lines = []
     for row in runs.rows_of(column):
-        line: list[str | None] = [row.name, *(paper_value(row, name) for name in others)]
+        line: list[str | None] = [row.name, *[paper_value(row, column)] * given]
         for key, _ in (BEST, LAST):
             values = list(runs.figures(column, row.name, key).values())
             found = summarise(values)
