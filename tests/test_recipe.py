@@ -1,4 +1,4 @@
-"""The training recipe as its user meets it: launched, killed, resumed, given wrong settings."""
+"""The training recipe as its user meets it: launched, resumed, given wrong settings."""
 
 import json
 import math
