@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from rblock_fx.conversion import find_converted
+from rblock_fx.converted import find_converted
 from rblock_fx.errors import SettingError
 from rblock_fx.settings import check_drop_prob, one_per_site
 

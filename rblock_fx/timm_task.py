@@ -8,10 +8,10 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from rblock_fx.apply import apply_rblock
-from rblock_fx.conversion import RBlockModel
+from rblock_fx.converted import RBlockModel
 from rblock_fx.errors import SettingError
 from rblock_fx.loss import RBlockLoss, split_pair
-from rblock_fx.sites import Sites
+from rblock_fx.network.sites import Sites
 
 
 class RBlockTask(ClassificationTask):
