@@ -38,8 +38,8 @@ class RBlockLoss(nn.Module):
 
     Logits of N rows for N targets, as in evaluation, get the plain criterion.
 
-    With a criterion whose reduction is "none" the loss keeps the criterion's shape, and with "sum" it is the sum of
-    that, so the KL has the same share in all three. `loss.reduction` reads and sets the criterion's.
+    If the criterion's reduction is "none", the loss has the criterion's shape; if it is "sum", the loss is the sum of
+    those values. The KL has the same share in all three. `loss.reduction` reads and sets the criterion's reduction.
 
     Args:
         criterion: called as criterion(logits, target) on one tensor of logits; default nn.CrossEntropyLoss(). Its

@@ -14,7 +14,6 @@ from rblock_fx.errors import ConversionError, PairError, SettingError
 # Names of the main output: in torchvision's segmentation models; in its GoogLeNet, Inception v3 and Hugging Face.
 MAIN_OUTPUTS = ("out", "logits")
 
-
 # The default divergence, by the name of the criterion's class or base class: timm's classes count without timm.
 DEFAULT_DIVERGENCES = {
     **dict.fromkeys(("CrossEntropyLoss", "NLLLoss"), "softmax"),

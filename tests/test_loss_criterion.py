@@ -63,6 +63,15 @@ def test_every_reduction_has_the_same_share_of_divergence(kind, positions):
     assert each.sum().item() == pytest.approx(total.item(), rel=1e-5)
 
 
+def test_losses_per_element_get_the_divergence_of_the_position():
+    logits, target = torch.randn(8, 3, 5, dtype=torch.double), torch.rand(4, 3, 5, dtype=torch.double)
+    got = RBlockLoss(nn.MSELoss(reduction="none"), alpha=0.4)(logits, target)
+    first, second = logits.chunk(2)
+    distance = agreement(first.numpy(), second.numpy(), "mse", 3.0)[:, None] / 2
+    expected = 0.6 * ((first - target) ** 2 + (second - target) ** 2) / 2 + 0.4 * torch.tensor(distance)
+    torch.testing.assert_close(got, expected)
+
+
 def test_losses_per_sample_get_the_divergence_of_the_sample():
     logits, target = torch.randn(8, 3, 5, dtype=torch.double), torch.randint(3, (4, 5))
 
