@@ -2,9 +2,18 @@
 
 from rblock_fx.apply import apply_rblock, list_sites, remove_rblock
 from rblock_fx.describe import describe
-from rblock_fx.errors import ConversionError, PairError, RBlockError, SettingError, SiteError
+from rblock_fx.errors import (
+    ConversionError,
+    PairError,
+    RBlockError,
+    RBlockWarning,
+    SettingError,
+    SiteError,
+    VerificationError,
+)
 from rblock_fx.loss import RBlockLoss, split_pair
 from rblock_fx.schedule import DropSchedule, set_drop_prob
+from rblock_fx.verify import VerifyReport, verify
 
 
 __version__ = "0.1.0"
@@ -15,12 +24,16 @@ __all__ = [
     "PairError",
     "RBlockError",
     "RBlockLoss",
+    "RBlockWarning",
     "SettingError",
     "SiteError",
+    "VerificationError",
+    "VerifyReport",
     "apply_rblock",
     "describe",
     "list_sites",
     "remove_rblock",
     "set_drop_prob",
     "split_pair",
+    "verify",
 ]

@@ -25,6 +25,10 @@ class RBlockWarning(UserWarning):
     """A use that is valid but probably not intended, for example a training step without a pair."""
 
 
+class VerificationError(RBlockError):
+    """A converted model does not compute what the plain network does."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, without its pages of advice."""
     return str(error).splitlines()[0] if str(error) else ""

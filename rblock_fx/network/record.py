@@ -1,8 +1,8 @@
-"""Record one forward of a weightless copy: its module calls, its operations and its FLOPs."""
+"""Record a forward of a weightless copy: its module calls, its operations, its FLOPs, and where the batch is."""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,8 +11,61 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from rblock_fx.network.replica import dry_run, meta_batch
+
 Shape = tuple[int, ...]
 Structure = tuple[type, "list[Structure]"] | None
+
+# The rows of a recorded batch. An axis holds the batch if its length is a multiple of the prime, which no other axis of
+# a network is; the twelve is for networks that split their batch into two, three or four parts.
+PRIME = 997
+ROWS = 12 * PRIME
+
+_STACKS = ("cat", "stack", "repeat", "tile")
+_MIXES = ("flip", "roll", "index", "index_select", "gather", "sort", "cumsum", "_softmax", "_log_softmax")
+_FACTORIES = ("new_", "empty", "zeros", "ones", "full", "rand")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the batch is in a tensor.
+
+    Attributes:
+        batch: the rows of the batch that it was computed from: ROWS, or behind the fork 2 * ROWS.
+        is_rows: whether the batch is axis 0, or the outer part of it, in its order.
+    """
+
+    batch: int
+    is_rows: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One dispatched operation on values computed from the input; values are numbered in the order of their making."""
+
+    name: str
+    numbers: tuple[float, ...]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    shapes: tuple[Shape, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(map(str, self.numbers))}) of shape {' and '.join(map(str, self.shapes))}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixing:
+    """An operation behind the fork that reduces, splits or reorders the batch.
+
+    Attributes:
+        path: the innermost module that ran it; None for a forward that was traced through.
+        operation: its name.
+        node: the node of the graph that it belongs to.
+    """
+
+    path: str | None
+    operation: str
+    node: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,8 +78,9 @@ class ModuleRun:
             a tensor); None for anything else.
         structure: for a list or tuple, its type and the structures of its items; otherwise None.
         input_shape: shape of the first argument; None if that is not a tensor.
+        input_layout: where the batch is in the first tensor of its arguments.
         values: numbers of the returned tensors.
-        first: its first operation, as an index into `Survey.operations`.
+        first: its first operation, as an index into `Recorder.operations`.
         last: one past its last operation.
         flops_before: FLOPs of the network until it was called.
         flops: FLOPs of the network until it returned.
@@ -37,6 +91,7 @@ class ModuleRun:
     output: Shape | list[Shape | None] | None
     structure: "Structure"
     input_shape: Shape | None
+    input_layout: Layout | None
     values: tuple[int, ...]
     first: int
     last: int
@@ -50,117 +105,171 @@ class ModuleRun:
         return self.values[0] if self.values else -1
 
 
-@dataclasses.dataclass(frozen=True)
-class Operation:
-    """One dispatched operation: the values it read and wrote."""
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records everything that a forward computes from its input.
 
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
+    Args:
+        replica: the weightless copy that runs.
 
+    Attributes:
+        operations: in order; an in-place operation makes a new value.
+        runs: the calls of modules, in the order in which they returned.
+        flops: by torch's formulas.
+        layouts: where the batch is, by the id of a tensor; tensors without the batch are left out.
+        changed: for each storage that was changed in place, the last position at which it was.
+        mixings: the operations behind the fork that mix the samples of a batch.
+        position: the position of the node that runs, if a graph runs; so is `node`, its name.
+        is_quiet: whether to record no mixings.
+    """
 
-class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count FLOPs by torch's formulas, without the bookkeeping per module of torch's FlopCounterMode."""
-
-    def __init__(self) -> None:
+    def __init__(self, replica: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[Operation] = []
+        self.runs: list[ModuleRun] = []
         self.flops = 0
+        self.layouts: dict[int, Layout] = {}
+        self.changed: dict[int, int] = {}
+        self.mixings: list[Mixing] = []
+        self.position = -1
+        self.node = ""
+        self.is_quiet = False
+        self._paths = {module: path for path, module in replica.named_modules()}
+        self._running: list[tuple[str, int, int, int, Layout | None]] = []
+        self._numbers: dict[int, int] = {}
+        self._alive: list[Tensor] = []  # keeps ids and storages unique; on the meta device it holds no memory
+
+    def follow(self, tensor: Tensor, layout: Layout | None) -> int:
+        """Number a tensor that depends on the input; returns the number."""
+        self._numbers[id(tensor)] = len(self._alive)
+        self._alive.append(tensor)
+        self.layouts.pop(id(tensor), None)
+        if layout is not None:
+            self.layouts[id(tensor)] = layout
+        return len(self._alive) - 1
+
+    def number_of(self, tensor: Tensor) -> int:
+        """The number of a tensor; -1 if it does not depend on the input."""
+        return self._numbers.get(id(tensor), -1)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        inputs = tensors_in((args, kwargs))
+        known = [tensor for tensor in inputs if id(tensor) in self._numbers]
+        reads = tuple(map(self.number_of, known))
+        layouts = [self.layouts[id(tensor)] for tensor in known if id(tensor) in self.layouts]
         result = func(*args, **kwargs)
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            # The registered formula maps shapes over a pytree first, which takes longer than the operation.
-            shapes = [arg.shape if isinstance(arg, Tensor) else arg for arg in args]
-            raw = getattr(formula, "__wrapped__", None)
-            is_simple = raw is not None and not kwargs and isinstance(result, Tensor)
-            self.flops += raw(*shapes, out_shape=result.shape) if is_simple else formula(*args, **kwargs, out_val=result)
-        return result
-
-
-class Recorder(FlopCounter):  # type: ignore[no-untyped-call]
-    """Number every tensor value; an in-place operation makes a new one."""
-
-    def __init__(self, replica: nn.Module) -> None:
-        super().__init__()
-        self.replica = replica
-        self.values: dict[int, int] = {}
-        self.alive: list[Tensor] = []  # ids stay unique while the tensors live; on meta they hold no memory
-        self.operations: list[Operation] = []
-        self.runs: list[ModuleRun] = []
-
-    def new_value(self, tensor: Tensor) -> int:
-        self.values[id(tensor)] = len(self.alive)
-        self.alive.append(tensor)
-        return len(self.alive) - 1
-
-    def value_of(self, tensor: Tensor) -> int:
-        return self.values[id(tensor)] if id(tensor) in self.values else self.new_value(tensor)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        reads = tuple(map(self.value_of, tensors_in((args, kwargs))))
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        self.operations.append(Operation(reads, tuple(map(self.new_value, tensors_in(result)))))
+        self.flops += _flops(func, args, kwargs, result)
+        results = tensors_in(result)
+        name = str(func.overloadpacket.__name__).rstrip("_")  # x += y is traced as itself or as x + y
+        if func._schema.is_mutable and inputs:
+            self.changed[inputs[0].untyped_storage()._cdata] = self.position
+        found = [_layout(name, tuple(tensor.shape), layouts) for tensor in results]
+        paired = not self.is_quiet and layouts and results and max(layout.batch for layout in layouts) > ROWS
+        if paired and not name.startswith(_FACTORIES) and (not any(found) or _is_mixed(name, args, results, layouts)):
+            self.mixings.append(Mixing(self._running[-1][0] if self._running else None, name, self.node))
+        if known or any(found):
+            writes = tuple(map(self.follow, results, found))
+            shapes = tuple(tuple(tensor.shape) for tensor in results)
+            if known:
+                self.operations.append(Operation(name, tuple(_numbers_in((args, kwargs))), reads, writes, shapes))
         return result
 
     @contextlib.contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Record every module call of the copy while the context is open."""
-        started: list[tuple[int, int]] = []
-        flops_inside = [0]  # of the modules that returned during each of the running calls
-        modules = set(self.replica.modules())
-
-        def before(module: nn.Module, _inputs: Any) -> None:
-            if module not in modules:
-                return
-            started.append((len(self.operations), self.flops))
-            flops_inside.append(0)
-
-        def after(path: str, inputs: Any, output: Any) -> None:
-            first, flops_before = started.pop()
-            inside = flops_inside.pop()
-            flops_inside[-1] += self.flops - flops_before
-            shape = output_shape(output)
-            self.runs.append(
-                ModuleRun(
-                    path=path,
-                    output=shape,
-                    structure=structure_of(output),
-                    input_shape=first_shape(output_shape(inputs[0])) if inputs else None,
-                    values=tuple(map(self.value_of, tensors_in(output))),
-                    first=first,
-                    last=len(self.operations),
-                    flops_before=flops_before,
-                    flops=self.flops,
-                    own_flops=self.flops - flops_before - inside,
-                )
-            )
-
-        handle = register_module_forward_pre_hook(before)
+    def recording(self) -> Iterator[None]:
+        """Record while the context is open, with one hook for all modules: one for each takes longer than a forward."""
+        handles = register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave)
         try:
-            with after_calls(self.replica, after):
+            with dry_run(), self:
                 yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        if module in self._paths:
+            first = next(iter(tensors_in(inputs)), None)
+            layout = None if first is None else self.layouts.get(id(first))
+            self._running.append((self._paths[module], len(self.operations), self.flops, len(self.runs), layout))
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if module not in self._paths:
+            return
+        path, first, flops_before, runs_before, layout = self._running.pop()
+        inside = [run for run in self.runs[runs_before:] if run.first >= first]
+        self.runs.append(
+            ModuleRun(
+                path=path,
+                output=_shape_of(output),
+                structure=_structure_of(output),
+                input_shape=first_shape(_shape_of(inputs[0])) if inputs else None,
+                input_layout=layout,
+                values=tuple(map(self.number_of, tensors_in(output))),
+                first=first,
+                last=len(self.operations),
+                flops_before=flops_before,
+                flops=self.flops,
+                own_flops=self.flops - flops_before - sum(run.own_flops for run in inside),
+            )
+        )
 
 
-@contextlib.contextmanager
-def after_calls(replica: nn.Module, record: Callable[[str, Any, Any], None]) -> Iterator[None]:
-    """Call `record(path, inputs, output)` after every module call of the copy while the context is open.
+def record_forward(replica: nn.Module, input_size: Shape) -> tuple[Recorder, Any]:
+    """Record a forward of a weightless copy on ROWS samples; returns the recorder, whose value 0 is the input, and the
+    output."""
+    recorder = Recorder(replica)
+    with recorder.recording():
+        x = meta_batch(replica, ROWS, input_size)
+        recorder.follow(x, Layout(ROWS, True))
+        return recorder, replica(x)
 
-    One hook for all modules: registering one with each takes longer than the forward.
-    """
-    paths = {module: path for path, module in replica.named_modules()}
 
-    def after(module: nn.Module, inputs: Any, output: Any) -> None:
-        if module in paths:
-            record(paths[module], inputs, output)
+def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    formula = flop_registry.get(func.overloadpacket)
+    if formula is None:
+        return 0
+    # The registered formula maps shapes over a pytree first, which takes longer than the operation.
+    raw = getattr(formula, "__wrapped__", None)
+    if raw is None or kwargs or not isinstance(result, Tensor):
+        return int(formula(*args, **kwargs, out_val=result))
+    return int(raw(*(arg.shape if isinstance(arg, Tensor) else arg for arg in args), out_shape=result.shape))
 
-    handle = register_module_forward_hook(after)
-    try:
-        yield
-    finally:
-        handle.remove()
+
+def _layout(name: str, shape: Shape, inputs: list[Layout]) -> Layout | None:
+    """Where the batch is in a result, from its shape and the inputs' layouts."""
+    axes = [axis for axis, length in enumerate(shape) if length and length % PRIME == 0]
+    if not axes:
+        return None
+    batch = max((layout.batch for layout in inputs), default=shape[0] if shape[0] in (ROWS, 2 * ROWS) else ROWS)
+    if axes != [0]:
+        return Layout(batch, False)
+    in_order = all(layout.is_rows for layout in inputs) and name not in _STACKS
+    return Layout(batch, shape[0] == batch or (shape[0] % batch == 0 and in_order))
+
+
+def _is_mixed(name: str, args: Any, results: list[Tensor], inputs: list[Layout]) -> bool:
+    """Whether an operation on a paired batch relates samples to one another."""
+    batch = max(layout.batch for layout in inputs)
+    for tensor in results:
+        axes = [axis for axis, length in enumerate(tensor.shape) if length and length % PRIME == 0]
+        if len(axes) > 1 or (axes == [0] and len(tensor) % batch and any(layout.is_rows for layout in inputs)):
+            return True
+    if name not in _MIXES or not isinstance(args[0], Tensor) or not results[0].shape or len(results[0]) != batch:
+        return False
+    if name == "index":  # x[rows] has a tensor in the first place
+        return bool(args[1]) and isinstance(args[1][0], Tensor)
+    rest = args[2] if name == "roll" and len(args) > 2 else args[1] if name != "roll" and len(args) > 1 else ()
+    axes = rest if isinstance(rest, list | tuple) else [rest]
+    return any(isinstance(axis, int) and axis % max(args[0].dim(), 1) == 0 for axis in axes)
+
+
+def _numbers_in(nested: Any) -> Iterator[float]:
+    if isinstance(nested, int | float):
+        yield nested
+    elif isinstance(nested, list | tuple):
+        for item in nested:
+            yield from _numbers_in(item)
+    elif isinstance(nested, dict):
+        yield from _numbers_in(tuple(nested.values()))
 
 
 def first_shape(output: Shape | list[Shape | None] | None) -> Shape | None:
@@ -170,10 +279,10 @@ def first_shape(output: Shape | list[Shape | None] | None) -> Shape | None:
     return output
 
 
-def structure_of(value: Any) -> Structure:
+def _structure_of(value: Any) -> Structure:
     named = isinstance(value, tuple) and hasattr(value, "_fields")
     if type(value) in (list, tuple) or named:
-        return type(value), [structure_of(item) for item in value]
+        return type(value), [_structure_of(item) for item in value]
     return None
 
 
@@ -192,10 +301,10 @@ def tensors_in(nested: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(nested) if isinstance(leaf, Tensor)]
 
 
-def output_shape(value: Any) -> Shape | list[Shape | None] | None:
+def _shape_of(value: Any) -> Shape | list[Shape | None] | None:
     if isinstance(value, Tensor):
         return tuple(value.shape[1:]) if value.dim() > 0 else None
     if isinstance(value, list | tuple):
-        shapes = [output_shape(item) for item in value]
+        shapes = [_shape_of(item) for item in value]
         return None if any(isinstance(shape, list) for shape in shapes) else shapes  # type: ignore[return-value]
     return None

@@ -41,26 +41,43 @@ def weightless_copy(model: nn.Module) -> nn.Module:
         raise ConversionError(
             f"{type(model).__name__} has lazy layers that no batch has initialised yet; run one first: model(images)"
         )
-    modules = list(model.modules())
     memo: dict[int, Any] = {}
-    for module in modules:
-        if not isinstance(module, torch.jit.ScriptModule):
-            memo[id(module)] = object.__new__(type(module))
+    for module in model.modules():
         for tensor in _tensors_of(module):
             memo.setdefault(id(tensor), _without_data(tensor))
+    replica = copy_model(model, memo)
+    for module in replica.modules():
+        _remove_side_effects(module)
+    return replica
+
+
+def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a model without its hooks, module by module: a module's own __deepcopy__ may return the module itself.
+
+    Args:
+        model: the model.
+        memo: copies that exist, by the id of the original, as copy.deepcopy takes them.
+
+    Raises:
+        ConversionError: the model cannot be copied.
+    """
+    memo = {} if memo is None else memo
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    memo |= {id(module): object.__new__(type(module)) for module in modules}
     try:
         for module in modules:
-            if id(module) in memo:
-                _copy_attributes(module, memo)
-        replica: nn.Module = copy.deepcopy(model, memo)
+            _copy_attributes(module, memo)
+        copied: nn.Module = copy.deepcopy(model, memo)
     except Exception as error:
         raise ConversionError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); expected a model that "
             "copy.deepcopy accepts, as weight averaging (EMA) needs too"
         ) from error
-    for module in replica.modules():
-        _remove_side_effects(module)
-    return replica
+    for module in copied.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if not is_torch_hook(hook)]:
+                del hooks[key]
+    return copied
 
 
 def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
@@ -76,9 +93,6 @@ def _remove_side_effects(module: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):  # copied in C++, with its data
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             setattr(module, name, _without_data(tensor))
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [key for key, hook in hooks.items() if not is_torch_hook(hook)]:
-            del hooks[key]
     if CHECKPOINTING in vars(module):
         setattr(module, CHECKPOINTING, False)
     if isinstance(module, nn.SyncBatchNorm):
@@ -114,7 +128,7 @@ class _WithoutBatchStatistics(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.batch_norm:
             with torch._C.DisableTorchFunction():
-                return torch.empty_like(args[0])
+                return args[0].clone()  # fifty times as fast on the meta device as empty_like
         return func(*args, **(kwargs or {}))
 
 
@@ -140,23 +154,22 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[Callable[[], bool]]:
-    """Restore the CPU's random generators at the end; the yielded function reports whether this thread drew from one.
+    """Restore the CPU's random generators at the end.
 
-    Draws of Python and NumPy cannot be told from those of other threads, and count only if there are none.
+    The yielded function reports whether Python's or NumPy's was drawn from; with other threads running, which may draw
+    from them too, it reports False.
     """
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     torch_state = torch.get_rng_state()
     numpy_state = numpy.random.get_state() if numpy else ()
-    draws = _Draws()  # type: ignore[no-untyped-call]
 
     def is_drawn() -> bool:
         numpy_drawn = numpy is not None and repr(numpy.random.get_state()) != repr(numpy_state)
-        return draws.seen or (threading.active_count() == 1 and (numpy_drawn or random.getstate() != python_state))
+        return threading.active_count() == 1 and (numpy_drawn or random.getstate() != python_state)
 
     try:
-        with draws:
-            yield is_drawn
+        yield is_drawn
     finally:
         random.setstate(python_state)
         torch.set_rng_state(torch_state)
@@ -164,7 +177,7 @@ def random_state_kept() -> Iterator[Callable[[], bool]]:
             numpy.random.set_state(numpy_state)
 
 
-class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notices random operations of its thread on tensors with data."""
 
     seen = False

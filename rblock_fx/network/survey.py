@@ -10,11 +10,10 @@ from typing import Any
 from torch import nn
 
 from rblock_fx.errors import ConversionError, SettingError, first_line
-from rblock_fx.network.record import ModuleRun, Operation, Recorder, Shape, after_calls, first_shape, output_shape
-from rblock_fx.network.record import tensors_in
-from rblock_fx.network.replica import dry_run, eval_mode, meta_batch
+from rblock_fx.network.record import ROWS, ModuleRun, Operation, Recorder, Shape, first_shape, record_forward, tensors_in
+from rblock_fx.network.replica import eval_mode, meta_batch
 
-_ROWS = 2
+_INPUT = 0  # its number as a value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +32,7 @@ class Survey:
         replica: the weightless copy that ran.
         input_size: shape of one sample.
         runs: the calls of modules, in the order in which they returned.
-        operations: the operations, in order.
-        source: the input's value.
+        operations: the operations, in order; value 0 is the input.
         outputs: the value and the shape (without the batch axis) of every tensor in the output.
         flops: FLOPs of the forward for the rows of the survey.
     """
@@ -43,7 +41,6 @@ class Survey:
     input_size: Shape
     runs: tuple[ModuleRun, ...]
     operations: tuple[Operation, ...]
-    source: int
     outputs: tuple[tuple[int, Shape], ...]
     flops: int
 
@@ -71,7 +68,7 @@ class Survey:
 
         Every path passes through a value if, at some moment, it is the only one alive of those that lie on a path.
         """
-        reached = {self.source}
+        reached = {_INPUT}
         for operation in self.operations:
             if reached.intersection(operation.reads):
                 reached.update(operation.writes)
@@ -84,7 +81,7 @@ class Survey:
                 for value in operation.reads:
                     last_use.setdefault(value, index)
         cuts = set()
-        alive = {self.source}
+        alive = {_INPUT}
         for index, operation in enumerate(self.operations):
             alive.update(value for value in operation.writes if value in reached and value in needed)
             alive = {value for value in alive if last_use.get(value, -1) > index}
@@ -95,16 +92,12 @@ class Survey:
     @functools.cached_property
     def _grown(self) -> dict[str, Shape | None]:
         """The shapes that modules return for samples of twice the size along every spatial axis."""
-        shapes: dict[str, Shape | None] = {}
-
-        def record(path: str, _inputs: Any, output: Any) -> None:
-            shapes[path] = first_shape(output_shape(output))
-
         size = (self.input_size[0], *(2 * length for length in self.input_size[1:]))
+        recorder = Recorder(self.replica)
         # A network may run on one size only; what ran until the error is recorded.
-        with eval_mode(self.replica), after_calls(self.replica, record), dry_run(), contextlib.suppress(Exception):
-            self.replica(meta_batch(self.replica, _ROWS, size))
-        return shapes
+        with eval_mode(self.replica), recorder.recording(), contextlib.suppress(Exception):
+            self.replica(meta_batch(self.replica, ROWS, size))
+        return {run.path: first_shape(run.output) for run in recorder.runs}
 
 
 def survey_forward(replica: nn.Module, input_size: Shape) -> Survey:
@@ -113,26 +106,20 @@ def survey_forward(replica: nn.Module, input_size: Shape) -> Survey:
     Raises:
         ConversionError: the model does not run on a batch of this input size.
     """
-    recorder = Recorder(replica)
     name = type(replica).__name__
     try:
-        with eval_mode(replica), dry_run(), recorder.hooked():
-            x = meta_batch(replica, _ROWS, input_size)
-            source = recorder.value_of(x)
-            with recorder:
-                output = replica(x)
+        with eval_mode(replica):
+            recorder, output = record_forward(replica, input_size)
     except Exception as error:
         raise ConversionError(
             f"{name} does not run on a batch of {('N', *input_size)}: {type(error).__name__}: {first_line(error)}\n"
             "Pass the shape of one sample: input_size=(channels, height, width), for video (channels, frames, height, "
             "width). A model whose forward takes no image batch (text, lists of images) cannot be converted."
         ) from error
-    tensors = [tensor for tensor in tensors_in(output) if tensor.dim() > 0]
-    if not tensors:
+    outputs = tuple((recorder.number_of(x), tuple(x.shape[1:])) for x in tensors_in(output) if x.dim() > 0)
+    if not outputs:
         raise ConversionError(f"{name} returns {type(output).__name__} without a tensor; expected logits or a map")
-    outputs = tuple((recorder.value_of(tensor), tuple(tensor.shape[1:])) for tensor in tensors)
-    operations, runs = tuple(recorder.operations), tuple(recorder.runs)
-    return Survey(replica, input_size, runs, operations, source, outputs, recorder.flops)
+    return Survey(replica, input_size, tuple(recorder.runs), tuple(recorder.operations), outputs, recorder.flops)
 
 
 def survey_model(model: nn.Module, replica: nn.Module, input_size: Sequence[int] | None) -> Survey:

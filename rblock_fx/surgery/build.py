@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rblock_fx.errors import ConversionError, first_line
 from rblock_fx.masks.methods import METHODS, Mask
-from rblock_fx.network.record import Shape, tensors_in
+from rblock_fx.network.record import ROWS, Shape, record_forward, tensors_in
 from rblock_fx.network.replica import META
 from rblock_fx.network.stages import Site
 from rblock_fx.network.survey import Survey
@@ -21,7 +21,7 @@ from rblock_fx.surgery.checkpointing import checkpoint_modules
 from rblock_fx.surgery.code import TrainingForward, generate, truncated
 from rblock_fx.surgery.fork import Fork, fork_batch
 from rblock_fx.surgery.guards import Guards
-from rblock_fx.surgery.probe import ROWS, Probe, probe_graph, probe_model
+from rblock_fx.surgery.probe import Probe
 from rblock_fx.surgery.trace import MASKS, MaskCall, Trace, trace_forward
 
 
@@ -190,24 +190,24 @@ def _probe_plain(trace: Trace, replica: nn.Module, input_size: Shape) -> Probe:
     """
     name = type(replica).__name__
     try:
-        own = probe_model(replica, input_size)
-        plain = probe_graph(trace.graph, replica, input_size, dict.fromkeys(trace.masks, 0))
+        own, output = record_forward(replica, input_size)
+        plain = Probe(trace.graph, replica, input_size, dict.fromkeys(trace.masks, 0))
     except Exception as error:
         raise ConversionError(
             f"{name} does not run in train mode on a batch of {('N', *input_size)}: "
             f"{type(error).__name__}: {first_line(error)}\nPass the shape of one sample that it trains on, e.g. "
             "input_size=(3, 299, 299) for Inception v3, whose auxiliary head needs that much"
         ) from error
-    for traced, expected in itertools.zip_longest(plain.operations, own.operations):
+    for traced, expected in itertools.zip_longest(plain.recorder.operations, own.operations):
         if traced != expected:
             raise ConversionError(
                 f"the traced forward of {name} differs from its own: it computes {traced or 'nothing'} where the model "
                 f"computes {expected or 'nothing'}. Code that asks for the type or an attribute of its input, catches "
                 "errors or counts its calls cannot be traced; choose sites that lie less deep: list_sites(model)"
             )
-    if _kinds(plain.output) != _kinds(own.output):
+    if _kinds(plain.output) != _kinds(output):
         raise ConversionError(
-            f"{name} returns {type(own.output).__name__}, which its traced forward cannot build; return tensors in a "
+            f"{name} returns {type(output).__name__}, which its traced forward cannot build; return tensors in a "
             "dict, list, tuple, named tuple or dataclass"
         )
     return plain
@@ -224,7 +224,7 @@ def _probe_converted(
     name = type(replica).__name__
     try:
         doubling = [*trace.masks, *fork.copies]
-        converted = probe_graph(trace.graph, replica, input_size, dict.fromkeys(doubling, parts * ROWS), known=plain)
+        converted = Probe(trace.graph, replica, input_size, dict.fromkeys(doubling, parts * ROWS), known=plain)
     except Exception as error:
         raise ConversionError(
             f"the training forward generated for {name} does not run ({type(error).__name__}: {first_line(error)}); "
@@ -237,7 +237,7 @@ def _probe_converted(
             "the model, from split_pair(output)"
         )
     expected = [(parts * tensor.shape[0], *tensor.shape[1:]) for tensor in tensors_in(plain.output)]
-    rows = [converted.layouts.get(id(tensor)) for tensor in outputs]
+    rows = [converted.recorder.layouts.get(id(tensor)) for tensor in outputs]
     if [tuple(tensor.shape) for tensor in outputs] != expected or not all(row and row.is_rows for row in rows):
         raise ConversionError(
             f"the training forward generated for {name} returns {_rows_in_words(outputs)}, expected "
@@ -264,34 +264,34 @@ def _halved(
     Raises:
         ConversionError: traced code relates the samples of a batch, or such a module also runs before the fork.
     """
-    for mixing in converted.mixings:
+    for mixing in converted.recorder.mixings:
         if mixing.path is None:
             raise ConversionError(
                 f"{mixing.node!r} in the forward of {type(replica).__name__} relates the samples of a batch to one "
                 f"another ({mixing.operation} over the batch axis), so the sub-models would see each other; compute it "
                 "in a module of its own, which then runs on each half"
             )
-    paths = {mixing.path for mixing in converted.mixings if mixing.path is not None}
+    paths = {mixing.path for mixing in converted.recorder.mixings if mixing.path is not None}
     if batch_norm == "per_submodel":
         if any(node.target in (F.batch_norm, torch.batch_norm) for node in trace.graph.nodes):
             raise ConversionError(
                 "the forward around the sites calls F.batch_norm, which has no statistics of each sub-model; use "
                 "batch_norm='joint', or an nn.BatchNorm2d in its place"
             )
-        for path, calls in converted.calls.items():
-            module = replica.get_submodule(path)
-            if isinstance(module, _BatchNorm) and any(call and call.batch > ROWS for call in calls):
-                paths.add(path)
+        for run in converted.recorder.runs:
+            is_paired = run.input_layout is not None and run.input_layout.batch > ROWS
+            if is_paired and isinstance(replica.get_submodule(run.path), _BatchNorm):
+                paths.add(run.path)
     paths = {path for path in paths if not any(path.startswith(other + ".") for other in paths)}
     for path in paths:
-        calls = converted.calls[path]
-        paired = [call for call in calls if call and call.batch > ROWS and call.is_rows]
-        if not len(paired) == len(calls) == len(plain.calls[path]):
+        layouts = [run.input_layout for run in converted.recorder.runs if run.path == path]
+        paired = [layout for layout in layouts if layout and layout.batch > ROWS and layout.is_rows]
+        if not len(paired) == len(layouts) == sum(run.path == path for run in plain.recorder.runs):
             raise ConversionError(
                 f"{path!r} must run on each sub-model alone, but it also runs before the fork or on rows in another "
                 "order than the batch's; use batch_norm='joint', or sites that lie elsewhere: list_sites(model)"
             )
-    return tuple(path for path in converted.calls if path in paths)
+    return tuple(dict.fromkeys(run.path for run in converted.recorder.runs if run.path in paths))
 
 
 def _generate(trace: Trace, fork: Fork, replica: nn.Module) -> tuple[dict[str, Generated], tuple[str, ...]]:

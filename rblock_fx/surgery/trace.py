@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from rblock_fx.errors import ConversionError, first_line
 from rblock_fx.network.record import Shape, Structure
-from rblock_fx.network.replica import random_state_kept
+from rblock_fx.network.replica import Draws, random_state_kept
 from rblock_fx.network.stages import Site, containers_of
 from rblock_fx.network.survey import Survey
 from rblock_fx.surgery.checkpointing import Checkpoints
@@ -201,9 +201,10 @@ def trace_forward(replica: nn.Module, sites: Sequence[Site], survey: Survey) -> 
     replica.train()
     try:
         with random_state_kept() as is_drawn, torch.enable_grad(), tracer.checkpoints.noticed(False):
-            with watch.watching():
+            draws = Draws()  # type: ignore[no-untyped-call]
+            with watch.watching(), draws:
                 graph = tracer.trace(replica, concrete_args=defaults)
-            if is_drawn():
+            if draws.seen or is_drawn():
                 raise RuntimeError("it draws random numbers, which tracing would freeze")
         constants = _take_constants(graph, replica)
         for site, calls in tracer.calls.items():

@@ -1,0 +1,1 @@
+"""Edit the graph of a model: trace it with masks, double its batch, write the training forwards."""
