@@ -15,7 +15,6 @@ from rblock_fx.loss import RBlockLoss, split_pair
 from rblock_fx.schedule import DropSchedule, set_drop_prob
 from rblock_fx.verify import VerifyReport, verify
 
-
 __version__ = "0.1.0"
 
 __all__ = [

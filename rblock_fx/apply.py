@@ -9,17 +9,16 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from rblock_fx.checks import check_convertible, check_removable, check_suitable
+from rblock_fx.checks import check_convertible, check_removable, check_settings, check_suitable, one_per_site
 from rblock_fx.converted import RBlockModel
 from rblock_fx.errors import SiteError
-from rblock_fx.masks.methods import Mask
+from rblock_fx.masks.methods import METHODS, Mask
 from rblock_fx.network.replica import weightless_copy
 from rblock_fx.network.sites import HEAD, Sites, resolve_sites
-from rblock_fx.network.stages import SiteList, containers_of, find_stages
+from rblock_fx.network.stages import Site, SiteList, containers_of, find_stages
 from rblock_fx.network.survey import survey_model
-from rblock_fx.settings import Settings, check_settings, one_per_site
-from rblock_fx.surgery.build import RBlock, Request, build
-from rblock_fx.surgery.guards import refuse_hooks
+from rblock_fx.surgery.build import Request, build
+from rblock_fx.surgery.conversion import RBlock, refuse_hooks
 from rblock_fx.surgery.trace import MASKS
 from rblock_fx.swap import OWNER, Halved, Inlined, Swapped, restore_class, swap_classes
 
@@ -68,18 +67,18 @@ def apply_rblock(
         SiteError: a site is unknown, never runs, or does not return a feature map.
         ConversionError: the model cannot be converted. After any error the model is as it was.
     """
-    settings = check_settings(method, drop_prob, block_size, calibration, batch_norm)
+    check_settings(method, drop_prob, block_size, calibration, batch_norm)
     check_convertible(model)
     with _CONVERTING, torch.device("cpu"):
         # Nothing before `_install` touches the model: everything is tried on a copy without weights.
         replica = weightless_copy(model)
         survey = survey_model(model, replica, input_size)
-        chosen = resolve_sites(model, survey, HEAD if sites is None and not settings.mask_class.needs_map else sites)
-        _check_sites(chosen, settings)
+        chosen = resolve_sites(model, survey, HEAD if sites is None and not METHODS[method].needs_map else sites)
+        _check_sites(chosen, method)
         for path in containers_of(chosen):
             refuse_hooks(model.get_submodule(path), path)
-        drop_probs = one_per_site("drop_prob", settings.drop_prob, len(chosen))
-        block_sizes = one_per_site("block_size", settings.block_size, len(chosen))
+        drop_probs = one_per_site("drop_prob", drop_prob, len(chosen))
+        block_sizes = one_per_site("block_size", block_size, len(chosen))
         rblock = build(replica, Request(method, calibration, batch_norm, chosen, drop_probs, block_sizes), survey)
         _install(model, rblock)
     _warn_of_misfits(rblock)
@@ -126,14 +125,13 @@ def list_sites(model: nn.Module, input_size: Sequence[int] | None = None) -> Sit
         return find_stages(model, survey_model(model, replica, input_size))
 
 
-def _check_sites(sites: Sequence[object], settings: Settings) -> None:
+def _check_sites(sites: Sequence[Site], method: str) -> None:
     """Refuse the classifier's input for methods whose masks have blocks or whole channels."""
-    for site in sites:
-        if getattr(site, "is_head", False) and settings.mask_class.needs_map:
-            raise SiteError(
-                f"sites='head': the classifier's input is not a feature map, as method={settings.method!r} needs; use "
-                "method='r-drop', or a stage: list_sites(model)"
-            )
+    if METHODS[method].needs_map and any(site.is_head for site in sites):
+        raise SiteError(
+            f"sites='head': the classifier's input is not a feature map, which method={method!r} needs; use "
+            "method='r-drop', or a stage: list_sites(model)"
+        )
 
 
 def _install(model: nn.Module, rblock: RBlock) -> None:

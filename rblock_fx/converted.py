@@ -14,8 +14,8 @@ import torch
 from torch import fx, nn
 
 from rblock_fx.errors import ConversionError
-from rblock_fx.surgery.build import Conversion, Generated, RBlock
 from rblock_fx.surgery.code import compile_function
+from rblock_fx.surgery.conversion import Conversion, Generated, RBlock
 from rblock_fx.surgery.trace import MASKS
 from rblock_fx.swap import Swapped, refuse_replaced, restore_class, unmasked
 

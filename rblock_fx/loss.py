@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rblock_fx.checks import is_real
 from rblock_fx.errors import PairError, RBlockWarning, SettingError
 from rblock_fx.pair import (
     ModelReference,
@@ -21,7 +22,6 @@ from rblock_fx.pair import (
     split_pair,
     undouble,
 )
-from rblock_fx.settings import is_real
 
 __all__ = ["RBlockLoss", "split_pair"]
 

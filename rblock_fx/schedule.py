@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from rblock_fx.checks import check_drop_prob, is_integer, one_per_site, show
 from rblock_fx.converted import find_converted
 from rblock_fx.errors import SettingError
-from rblock_fx.settings import check_drop_prob, is_integer, one_per_site, show
 
 
 def set_drop_prob(model: nn.Module, p: float | Sequence[float]) -> None:

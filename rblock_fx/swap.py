@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 
 from rblock_fx.errors import ConversionError
 
-
 # The converted model, in the attributes of the modules around its sites.
 OWNER = "_rblock_owner"
 
@@ -102,6 +101,7 @@ class Inlined(Swapped):
         kind: Any = type(module)
         return _inlined_class(kind)
 
+
 @functools.cache
 def _inlined_class(original: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -115,6 +115,7 @@ def _inlined_class(original: Any) -> Any:
 
 
 def unmasked(model: nn.Module, what: str) -> ConversionError:
+    """The error for a call that would run a site without its mask."""
     name = getattr(type(model), "_rblock_original", type(model)).__name__
     return ConversionError(
         f"{what} of the converted {name} was called in train mode outside the training forward, where it would run "
@@ -127,8 +128,8 @@ class Halved(Swapped):
     """Mixin of a module behind the fork that runs on each half of the batch in train mode.
 
     Batch norms with batch_norm="per_submodel" are such modules, and layers that relate the samples of a batch (timm's
-    SplitBatchNorm2d). Running statistics are updated by sub-model 1, then by sub-model 2. Frozen by .eval(), and in eval
-    mode, it is the layer that it was.
+    SplitBatchNorm2d). Running statistics are updated by sub-model 1, then by sub-model 2. Frozen by .eval(), and in
+    eval mode, it is the layer that it was.
     """
 
     @classmethod

@@ -13,10 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rblock_fx.converted import find_converted
 from rblock_fx.errors import SettingError, VerificationError
 from rblock_fx.masks.methods import METHODS, Mask
-from rblock_fx.network.record import tensors_in
-from rblock_fx.network.replica import copy_model, random_state_kept
+from rblock_fx.network.replica import copy_model, random_state_kept, tensors_in
 from rblock_fx.network.stages import format_table
-from rblock_fx.surgery.guards import snapshot
+from rblock_fx.surgery.conversion import snapshot
 from rblock_fx.surgery.trace import MASKS
 from rblock_fx.swap import OWNER, Halved, restore_class
 
@@ -43,7 +42,9 @@ class VerifyReport:
     unseen: tuple[str, ...] = UNSEEN
 
     def __str__(self) -> str:
-        return "\n".join([format_table(("check", "outcome"), self.checks), *(f"not seen: {text}" for text in self.unseen)])
+        return "\n".join(
+            [format_table(("check", "outcome"), self.checks), *(f"not seen: {text}" for text in self.unseen)]
+        )
 
     __repr__ = __str__
 
@@ -251,7 +252,7 @@ def _batch_norm_inputs(model: nn.Module) -> Iterator[dict[str, list[int]]]:
 
 @contextlib.contextmanager
 def _cuda_state_kept() -> Iterator[None]:
-    states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     yield
     if states:
         torch.cuda.set_rng_state_all(states)
@@ -259,6 +260,9 @@ def _cuda_state_kept() -> Iterator[None]:
 
 class _WithoutRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Replace random draws by constants at which dropout, stochastic depth and the like keep everything."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -7,14 +7,19 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from rblock_fx.network.replica import dry_run, meta_batch
-
-Shape = tuple[int, ...]
-Structure = tuple[type, "list[Structure]"] | None
+from rblock_fx.network.replica import (
+    Shape,
+    Structure,
+    dry_run,
+    first_shape,
+    meta_batch,
+    shape_of,
+    structure_of,
+    tensors_in,
+)
 
 # The rows of a recorded batch. An axis holds the batch if its length is a multiple of the prime, which no other axis of
 # a network is; the twelve is for networks that split their batch into two, three or four parts.
@@ -30,9 +35,8 @@ _FACTORIES = ("new_", "empty", "zeros", "ones", "full", "rand")
 class Layout:
     """Where the batch is in a tensor.
 
-    Attributes:
-        batch: the rows of the batch that it was computed from: ROWS, or behind the fork 2 * ROWS.
-        is_rows: whether the batch is axis 0, or the outer part of it, in its order.
+    It was computed from `batch` rows, ROWS or behind the fork 2 * ROWS. `is_rows` if the batch is axis 0, or the outer
+    part of it, in its order.
     """
 
     batch: int
@@ -57,10 +61,7 @@ class Operation:
 class Mixing:
     """An operation behind the fork that reduces, splits or reorders the batch.
 
-    Attributes:
-        path: the innermost module that ran it; None for a forward that was traced through.
-        operation: its name.
-        node: the node of the graph that it belongs to.
+    `path` is the innermost module that ran it, None for a forward that was traced through.
     """
 
     path: str | None
@@ -82,8 +83,7 @@ class ModuleRun:
         values: numbers of the returned tensors.
         first: its first operation, as an index into `Recorder.operations`.
         last: one past its last operation.
-        flops_before: FLOPs of the network until it was called.
-        flops: FLOPs of the network until it returned.
+        flops_before: FLOPs of the network until it was called; `flops`, until it returned.
         own_flops: its FLOPs without those of the modules inside it.
     """
 
@@ -106,19 +106,16 @@ class ModuleRun:
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records everything that a forward computes from its input.
-
-    Args:
-        replica: the weightless copy that runs.
+    """Records everything that a forward of a weightless copy computes from its input.
 
     Attributes:
         operations: in order; an in-place operation makes a new value.
         runs: the calls of modules, in the order in which they returned.
         flops: by torch's formulas.
         layouts: where the batch is, by the id of a tensor; tensors without the batch are left out.
-        changed: for each storage that was changed in place, the last position at which it was.
+        changed: for each storage that was changed in place, the last position of a node that did it.
         mixings: the operations behind the fork that mix the samples of a batch.
-        position: the position of the node that runs, if a graph runs; so is `node`, its name.
+        position, node: the position and the name of the node that runs, if a graph runs.
         is_quiet: whether to record no mixings.
     """
 
@@ -199,9 +196,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.runs.append(
             ModuleRun(
                 path=path,
-                output=_shape_of(output),
-                structure=_structure_of(output),
-                input_shape=first_shape(_shape_of(inputs[0])) if inputs else None,
+                output=shape_of(output),
+                structure=structure_of(output),
+                input_shape=first_shape(shape_of(inputs[0])) if inputs else None,
                 input_layout=layout,
                 values=tuple(map(self.number_of, tensors_in(output))),
                 first=first,
@@ -214,8 +211,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def record_forward(replica: nn.Module, input_size: Shape) -> tuple[Recorder, Any]:
-    """Record a forward of a weightless copy on ROWS samples; returns the recorder, whose value 0 is the input, and the
-    output."""
+    """Record a forward on ROWS samples; returns the recorder, in which value 0 is the input, and the output."""
     recorder = Recorder(replica)
     with recorder.recording():
         x = meta_batch(replica, ROWS, input_size)
@@ -258,8 +254,8 @@ def _is_mixed(name: str, args: Any, results: list[Tensor], inputs: list[Layout])
     if name == "index":  # x[rows] has a tensor in the first place
         return bool(args[1]) and isinstance(args[1][0], Tensor)
     rest = args[2] if name == "roll" and len(args) > 2 else args[1] if name != "roll" and len(args) > 1 else ()
-    axes = rest if isinstance(rest, list | tuple) else [rest]
-    return any(isinstance(axis, int) and axis % max(args[0].dim(), 1) == 0 for axis in axes)
+    given = rest if isinstance(rest, list | tuple) else [rest]
+    return any(isinstance(axis, int) and axis % max(args[0].dim(), 1) == 0 for axis in given)
 
 
 def _numbers_in(nested: Any) -> Iterator[float]:
@@ -270,41 +266,3 @@ def _numbers_in(nested: Any) -> Iterator[float]:
             yield from _numbers_in(item)
     elif isinstance(nested, dict):
         yield from _numbers_in(tuple(nested.values()))
-
-
-def first_shape(output: Shape | list[Shape | None] | None) -> Shape | None:
-    """The shape of a single tensor, or of the first in a list."""
-    if isinstance(output, list):
-        return next((shape for shape in output if shape is not None), None)
-    return output
-
-
-def _structure_of(value: Any) -> Structure:
-    named = isinstance(value, tuple) and hasattr(value, "_fields")
-    if type(value) in (list, tuple) or named:
-        return type(value), [_structure_of(item) for item in value]
-    return None
-
-
-def tensors_in(nested: Any) -> list[Tensor]:
-    """Every tensor of any nesting, in order; also inside dataclasses."""
-    if isinstance(nested, Tensor):
-        return [nested]
-    if isinstance(nested, tuple | list):  # pytree is ten times slower, and this runs at every operation
-        return [tensor for item in nested for tensor in tensors_in(item)]
-    if isinstance(nested, dict):
-        return [tensor for item in nested.values() for tensor in tensors_in(item)]
-    if dataclasses.is_dataclass(nested) and not isinstance(nested, type):
-        return [tensor for item in vars(nested).values() for tensor in tensors_in(item)]
-    if nested is None or isinstance(nested, int | float | str):
-        return []
-    return [leaf for leaf in pytree.tree_leaves(nested) if isinstance(leaf, Tensor)]
-
-
-def _shape_of(value: Any) -> Shape | list[Shape | None] | None:
-    if isinstance(value, Tensor):
-        return tuple(value.shape[1:]) if value.dim() > 0 else None
-    if isinstance(value, list | tuple):
-        shapes = [_shape_of(item) for item in value]
-        return None if any(isinstance(shape, list) for shape in shapes) else shapes  # type: ignore[return-value]
-    return None

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import random
 import sys
@@ -15,9 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rblock_fx.errors import ConversionError
+
+Shape = tuple[int, ...]
+Structure = tuple[type, "list[Structure]"] | None
 
 META = torch.device("meta")
 
@@ -187,3 +192,43 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded in func.tags and not (isinstance(result, Tensor) and result.is_meta):
             self.seen = True
         return result
+
+
+def first_shape(output: Shape | list[Shape | None] | None) -> Shape | None:
+    """The shape of a single tensor, or of the first in a list."""
+    if isinstance(output, list):
+        return next((shape for shape in output if shape is not None), None)
+    return output
+
+
+def structure_of(value: Any) -> Structure:
+    """The type of a list or tuple and the structures of its items; None for anything else."""
+    named = isinstance(value, tuple) and hasattr(value, "_fields")
+    if type(value) in (list, tuple) or named:
+        return type(value), [structure_of(item) for item in value]
+    return None
+
+
+def tensors_in(nested: Any) -> list[Tensor]:
+    """Every tensor of any nesting, in order; also inside dataclasses."""
+    if isinstance(nested, Tensor):
+        return [nested]
+    if isinstance(nested, tuple | list):  # pytree is ten times slower, and this runs at every operation
+        return [tensor for item in nested for tensor in tensors_in(item)]
+    if isinstance(nested, dict):
+        return [tensor for item in nested.values() for tensor in tensors_in(item)]
+    if dataclasses.is_dataclass(nested) and not isinstance(nested, type):
+        return [tensor for item in vars(nested).values() for tensor in tensors_in(item)]
+    if nested is None or isinstance(nested, int | float | str):
+        return []
+    return [leaf for leaf in pytree.tree_leaves(nested) if isinstance(leaf, Tensor)]
+
+
+def shape_of(value: Any) -> Shape | list[Shape | None] | None:
+    """The shape of a tensor without the batch axis, or the shapes of a list's items; None for anything else."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape[1:]) if value.dim() > 0 else None
+    if isinstance(value, list | tuple):
+        shapes = [shape_of(item) for item in value]
+        return None if any(isinstance(shape, list) for shape in shapes) else shapes  # type: ignore[return-value]
+    return None

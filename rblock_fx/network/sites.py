@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from rblock_fx.errors import SiteError
-from rblock_fx.network.record import Shape
+from rblock_fx.network.replica import Shape
 from rblock_fx.network.stages import Site, SiteList, channel_axis, find_stages, is_map, last_layer, share, site_at
 from rblock_fx.network.survey import Survey
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from rblock_fx.network.record import ModuleRun, Shape, first_shape
+from rblock_fx.network.record import ModuleRun
+from rblock_fx.network.replica import Shape, first_shape
 from rblock_fx.network.survey import Survey
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from rblock_fx.errors import ConversionError, SettingError, first_line
-from rblock_fx.network.record import ROWS, ModuleRun, Operation, Recorder, Shape, first_shape, record_forward, tensors_in
-from rblock_fx.network.replica import eval_mode, meta_batch
+from rblock_fx.network.record import ROWS, ModuleRun, Operation, Recorder, record_forward
+from rblock_fx.network.replica import Shape, eval_mode, first_shape, meta_batch, tensors_in
 
 _INPUT = 0  # its number as a value
 

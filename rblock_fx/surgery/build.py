@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,90 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rblock_fx.errors import ConversionError, first_line
 from rblock_fx.masks.methods import METHODS, Mask
-from rblock_fx.network.record import ROWS, Shape, record_forward, tensors_in
-from rblock_fx.network.replica import META
+from rblock_fx.network.record import ROWS, record_forward
+from rblock_fx.network.replica import META, Shape, tensors_in
 from rblock_fx.network.stages import Site
 from rblock_fx.network.survey import Survey
-from rblock_fx.surgery.checkpointing import checkpoint_modules
-from rblock_fx.surgery.code import TrainingForward, generate, truncated
-from rblock_fx.surgery.fork import Fork, fork_batch
-from rblock_fx.surgery.guards import Guards
-from rblock_fx.surgery.probe import Probe
+from rblock_fx.surgery.code import checkpoint_modules, generate, truncated
+from rblock_fx.surgery.conversion import Conversion, Generated, RBlock
+from rblock_fx.surgery.fork import Fork, Probe, fork_batch
 from rblock_fx.surgery.trace import MASKS, MaskCall, Trace, trace_forward
-
-
-@dataclasses.dataclass(frozen=True)
-class Generated:
-    """The training forwards of one method of a model.
-
-    Attributes:
-        clean: without activation checkpointing.
-        checkpointing: with it; None where the model has none.
-        switches: the attributes of the model that switch it; empty where it is always on.
-    """
-
-    clean: TrainingForward
-    checkpointing: TrainingForward | None
-    switches: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversion:
-    """What apply_rblock was asked for and did.
-
-    Attributes:
-        method: name of the method.
-        calibration: how gamma follows from the drop probability.
-        batch_norm: "joint" or "per_submodel".
-        input_size: shape of one sample.
-        masks: each site, in forward order, with the names of its masks under `model.rblock`.
-        order: for each of them, its place in the order in which the user named the sites.
-        forwards: the generated training forwards by the name of the method: "forward", often "forward_features".
-        maskless: the methods that the forward calls before its last mask, which have no training forward.
-        specialised: the optional arguments of the forward, with the defaults that the graph takes for granted.
-        guards: everything else that it takes for granted.
-        halved: the modules that run on each half of the batch: batch norms with "per_submodel", and layers other than
-            batch norm that relate the samples of a batch.
-        early_fork_reason: why the batch doubles at the input; None where it doubles at the first mask.
-        cost: FLOPs of the training forward over those of the plain one.
-    """
-
-    method: str
-    calibration: str
-    batch_norm: str
-    input_size: Shape
-    masks: tuple[tuple[Site, tuple[str, ...]], ...]
-    order: tuple[int, ...]
-    forwards: Mapping[str, Generated]
-    maskless: tuple[str, ...]
-    specialised: Mapping[str, Any]
-    guards: Guards
-    halved: tuple[str, ...]
-    early_fork_reason: str | None
-    cost: float
-
-
-class RBlock(nn.Module):
-    """The masks of a converted model: no parameters, no persistent buffers."""
-
-    conversion: Conversion
-
-    def masks_of(self, position: int) -> list[Mask]:
-        """The masks of one site, numbered in forward order, in the order of their calls."""
-        names = self.conversion.masks[position][1]
-        return [mask for name in names if isinstance(mask := self.get_submodule(name), Mask)]
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the masks alone, with the arguments of torch.compile; the network around them stays eager.
-
-        Masks of one shape share a graph, and a change of drop_prob keeps it. A compiled mask reads its map once.
-        """
-        for mask in self.children():
-            mask.compile(*args, **kwargs)
-
-    def extra_repr(self) -> str:
-        """The settings that all masks share."""
-        return f"method={self.conversion.method!r}, batch_norm={self.conversion.batch_norm!r}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +97,6 @@ def _make_mask(call: MaskCall, request: Request, *, forks: bool) -> Mask:
         shape=call.shape,
         channel_axis=call.site.channel_axis,
         forks=forks,
-        
     )
 
 
@@ -205,7 +128,7 @@ def _probe_plain(trace: Trace, replica: nn.Module, input_size: Shape) -> Probe:
                 f"computes {expected or 'nothing'}. Code that asks for the type or an attribute of its input, catches "
                 "errors or counts its calls cannot be traced; choose sites that lie less deep: list_sites(model)"
             )
-    if _kinds(plain.output) != _kinds(output):
+    if _kinds(plain.result) != _kinds(output):
         raise ConversionError(
             f"{name} returns {type(output).__name__}, which its traced forward cannot build; return tensors in a "
             "dict, list, tuple, named tuple or dataclass"
@@ -230,13 +153,13 @@ def _probe_converted(
             f"the training forward generated for {name} does not run ({type(error).__name__}: {first_line(error)}); "
             "choose other sites: list_sites(model)"
         ) from error
-    outputs = tensors_in(converted.output)
+    outputs = tensors_in(converted.result)
     if any(tensor.dim() == 0 for tensor in outputs):
         raise ConversionError(
             f"{name} returns a 0-dim tensor in train mode, which has no batch dimension to double; compute it outside "
             "the model, from split_pair(output)"
         )
-    expected = [(parts * tensor.shape[0], *tensor.shape[1:]) for tensor in tensors_in(plain.output)]
+    expected = [(parts * tensor.shape[0], *tensor.shape[1:]) for tensor in tensors_in(plain.result)]
     rows = [converted.recorder.layouts.get(id(tensor)) for tensor in outputs]
     if [tuple(tensor.shape) for tensor in outputs] != expected or not all(row and row.is_rows for row in rows):
         raise ConversionError(
@@ -256,9 +179,7 @@ def _rows_in_words(tensors: Sequence[Tensor]) -> str:
     return " and ".join(f"({shape})" for shape in shapes)
 
 
-def _halved(
-    trace: Trace, replica: nn.Module, plain: Probe, converted: Probe, batch_norm: str
-) -> tuple[str, ...]:
+def _halved(trace: Trace, replica: nn.Module, plain: Probe, converted: Probe, batch_norm: str) -> tuple[str, ...]:
     """The modules that must run on each half of the batch; of those inside one another the outer one.
 
     Raises:
@@ -327,11 +248,11 @@ def _kinds(value: Any) -> Any:
     if isinstance(value, Tensor):
         return Tensor
     if isinstance(value, dict):
-        kind = dict if isinstance(value, fx.immutable_collections.immutable_dict) else type(value)
-        return kind, {key: _kinds(item) for key, item in value.items()}
+        is_graphs = isinstance(value, fx.immutable_collections.immutable_dict)
+        return dict if is_graphs else type(value), {key: _kinds(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        kind = list if isinstance(value, fx.immutable_collections.immutable_list) else type(value)
-        return kind, [_kinds(item) for item in value]
+        is_graphs = isinstance(value, fx.immutable_collections.immutable_list)
+        return list if is_graphs else type(value), [_kinds(item) for item in value]
     if dataclasses.is_dataclass(value):
         return type(value), {key: _kinds(item) for key, item in vars(value).items()}
     return type(value)

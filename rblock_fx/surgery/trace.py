@@ -6,26 +6,24 @@ Only the modules around a site are traced through; every other module stays a le
 import contextlib
 import dataclasses
 import inspect
-import operator
 import re
 import sys
 import threading
 import types
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from rblock_fx.errors import ConversionError, first_line
-from rblock_fx.network.record import Shape, Structure
-from rblock_fx.network.replica import Draws, random_state_kept
+from rblock_fx.network.replica import Draws, Shape, Structure, random_state_kept
 from rblock_fx.network.stages import Site, containers_of
 from rblock_fx.network.survey import Survey
-from rblock_fx.surgery.checkpointing import Checkpoints
-from rblock_fx.surgery.guards import Guards, forward_of
-from rblock_fx.surgery.watch import Watch
+from rblock_fx.surgery.code import erase_unused, take_constants
+from rblock_fx.surgery.conversion import Guards, forward_of
+from rblock_fx.surgery.watch import Checkpoints, Watch
 
 # The attribute of a converted model that holds its masks.
 MASKS = "rblock"
@@ -206,7 +204,7 @@ def trace_forward(replica: nn.Module, sites: Sequence[Site], survey: Survey) -> 
                 graph = tracer.trace(replica, concrete_args=defaults)
             if draws.seen or is_drawn():
                 raise RuntimeError("it draws random numbers, which tracing would freeze")
-        constants = _take_constants(graph, replica)
+        constants = take_constants(graph, replica, MASKS)
         for site, calls in tracer.calls.items():
             expected = len(survey.runs_of(site.path))
             if calls < expected:
@@ -222,22 +220,9 @@ def trace_forward(replica: nn.Module, sites: Sequence[Site], survey: Survey) -> 
         with on_demand.checkpoints.noticed(True), random_state_kept(), contextlib.suppress(Exception):
             on_demand.trace(replica, concrete_args=defaults)
     checkpointed = on_demand.checkpoints.modules | tracer.checkpoints.modules
-    _erase_unused(graph, tracer, defaults)
-    return Trace(graph, tracer.masks, defaults, constants, guards, tracer.methods, checkpointed)
-
-
-def _erase_unused(graph: fx.Graph, tracer: SiteTracer, specialised: Mapping[str, Any]) -> None:
-    """Erase masks of maps that nothing uses, unused items of lists, and the arguments that were specialised."""
-    arguments = {f"{name}_1" for name in specialised}
-    for node in [node for node in graph.nodes if node.op == "placeholder" and node.target in arguments]:
-        for user in [*(inner for user in node.users for inner in user.users), *node.users, node]:
-            graph.erase_node(user)  # fx asserts that each has its default
     kept = {node for ends in tracer.methods.values() for node in ends}
-    for node in reversed(graph.nodes):
-        is_item = node.op == "call_function" and node.target is operator.getitem
-        if not node.users and node not in kept and (node in tracer.masks or is_item):
-            tracer.masks.pop(node, None)
-            graph.erase_node(node)
+    erase_unused(graph, tracer.masks, kept, defaults)
+    return Trace(graph, tracer.masks, defaults, constants, guards, tracer.methods, checkpointed)
 
 
 def _modes() -> tuple[bool, ...]:
@@ -257,19 +242,6 @@ def _unpack(proxy: Any, structure: Structure) -> Any:
 def _identifier(path: str) -> str:
     name = re.sub(r"\W", "_", unicodedata.normalize("NFKC", path))
     return name if name.isidentifier() else f"site_{name}"
-
-
-def _take_constants(graph: fx.Graph, replica: nn.Module) -> dict[str, Tensor]:
-    """Take along the tensors that the forward makes of numbers alone, which fx leaves on the traced module."""
-    constants = {}
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
-            name = node.target.removeprefix("_")
-            constants[name] = getattr(replica, node.target)
-            if constants[name].is_meta:
-                raise RuntimeError("it uses a tensor that a module keeps as a plain attribute")
-            node.target = f"{MASKS}.{name}"
-    return constants
 
 
 def _untraceable(replica: nn.Module, sites: Sequence[Site], reason: str) -> str:

@@ -1,17 +1,20 @@
-"""Watch a forward while it is traced: the settings that its code reads, and the values that it writes."""
+"""Watch a forward while it is traced: the settings that it reads, the values that it writes, what it checkpoints."""
 
 import contextlib
 import dis
 import functools
+import inspect
 import sys
+import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
 from rblock_fx.network.replica import CHECKPOINTING
-from rblock_fx.surgery.guards import CHILDREN, FUNCTIONS, MODES, Missing, Setting, snapshot
+from rblock_fx.surgery.conversion import CHILDREN, FUNCTIONS, MODES, Missing, Setting, snapshot
 
 _LIBRARIES = {"torch", "rblock_fx", *sys.stdlib_module_names}
 _NOT_VARIABLES = (types.ModuleType, nn.Module, Tensor, Missing, *FUNCTIONS)
@@ -139,6 +142,73 @@ class Watch:
             value = frame.f_locals.get(name)
             if not isinstance(value, _NOT_VARIABLES):
                 self._variables[str(id(frame.f_code)), name] = value, snapshot(value)
+
+
+class Checkpoints:
+    """Records which modules run under activation checkpointing while a forward is traced.
+
+    Args:
+        ancestors: the modules that are traced through, with their paths.
+
+    Attributes:
+        modules: the modules, each with the attribute of the model that switches it; None where it is always on.
+    """
+
+    def __init__(self, ancestors: Mapping[nn.Module, str]) -> None:
+        self.modules: dict[str, str | None] = {}
+        self._ancestors = ancestors
+        self._around = list(ancestors)[:1]
+        self._depth = 0
+
+    def can_be_switched(self) -> bool:
+        """Whether one of the modules that are traced through has the switch."""
+        return any(CHECKPOINTING in vars(module) for module in self._ancestors)
+
+    def note_call(self, path: str) -> None:
+        """Record a call of a module that is not traced through."""
+        if self._depth:
+            switches = (module for module in reversed(self._around) if vars(module).get(CHECKPOINTING))
+            switch = next((f"{self._ancestors[module]}.{CHECKPOINTING}".lstrip(".") for module in switches), None)
+            self.modules[path] = switch
+
+    @contextlib.contextmanager
+    def inside(self, module: nn.Module) -> Iterator[None]:
+        """Know the modules around the one that is called."""
+        self._around += [module] if module in self._ancestors else []
+        yield
+        self._around = self._around[:-1] if module in self._ancestors else self._around
+
+    @contextlib.contextmanager
+    def noticed(self, enabled: bool) -> Iterator[None]:
+        """Run checkpointed code directly and record it, with the switches of the modules traced through set."""
+        original = torch.utils.checkpoint.checkpoint
+        options = inspect.signature(original).parameters
+        thread = threading.get_ident()
+
+        def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return original(function, *args, **kwargs)
+            self._depth += 1
+            try:
+                return function(*args, **{name: kwargs[name] for name in kwargs if name not in options})
+            finally:
+                self._depth -= 1
+
+        modules = (sys.modules.get(type(module).__module__) for module in self._ancestors)
+        scopes = [vars(torch.utils.checkpoint), *(vars(module) for module in modules if module is not None)]
+        names = [(scope, name) for scope in scopes for name, value in scope.items() if value is original]
+        switches = {m: vars(m)[CHECKPOINTING] for m in self._ancestors if CHECKPOINTING in vars(m)}
+        for scope, name in names:
+            scope[name] = checkpoint
+        for module in switches:
+            setattr(module, CHECKPOINTING, enabled)
+        try:
+            yield
+        finally:
+            for scope, name in names:
+                scope[name] = original
+            for module, value in switches.items():
+                setattr(module, CHECKPOINTING, value)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""Everything that a traced forward takes for granted: recorded while tracing, checked in every training forward."""
+"""A conversion as data: its masks, its training forwards, and everything that these take for granted."""
 
 import collections
 import dataclasses
@@ -13,6 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from rblock_fx.errors import ConversionError
+from rblock_fx.masks.methods import Mask
+from rblock_fx.network.replica import Shape
+from rblock_fx.network.stages import Site
+from rblock_fx.surgery.code import TrainingForward
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, enum.Enum)
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
@@ -39,7 +43,7 @@ def snapshot(value: Any, depth: int = _DEPTH) -> Any:
     Tensors and modules count by their type: the generated forward reads them from the model each time.
     """
     if isinstance(value, _PLAIN):
-        return type(value), value if value == value else "nan"  # noqa: PLR0124
+        return type(value), value if value == value else "nan"
     if isinstance(value, FUNCTIONS):
         return value
     if isinstance(value, types.MethodType):
@@ -128,8 +132,8 @@ class Guards:
         for name, value in self.modes:
             if MODES[getattr(torch, name)]() != value:
                 raise ConversionError(
-                    f"the forward reads torch.{name}(), which was {value} at the conversion and has changed; convert in "
-                    "the context in which you train: with torch.autocast('cpu'): apply_rblock(model)"
+                    f"the forward reads torch.{name}(), which was {value} at the conversion and has changed; convert "
+                    "in the context in which you train: with torch.autocast('cpu'): apply_rblock(model)"
                 )
 
 
@@ -148,7 +152,7 @@ def refuse_hooks(module: nn.Module, path: str) -> None:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         raise ConversionError(
             f"{path!r} has hooks that would not run in train mode, because a site lies inside it; hook (for FSDP2: "
-            f"shard) the modules inside it or the whole model, or choose it as the site: apply_rblock(model, [{path!r}])"
+            f"shard) the modules inside it or the model, or choose it as the site: apply_rblock(model, [{path!r}])"
         )
 
 
@@ -157,3 +161,77 @@ def _changed(label: str, how: str) -> ConversionError:
         f"{label!r} {how} since the training forward was traced; set it back, or convert again: "
         "apply_rblock(remove_rblock(model), ...)"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """The training forwards of one method of a model.
+
+    Attributes:
+        clean: without activation checkpointing.
+        checkpointing: with it; None where the model has none.
+        switches: the attributes of the model that switch it; empty where it is always on.
+    """
+
+    clean: TrainingForward
+    checkpointing: TrainingForward | None
+    switches: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What apply_rblock was asked for and did.
+
+    Attributes:
+        method: name of the method.
+        calibration: how gamma follows from the drop probability.
+        batch_norm: "joint" or "per_submodel".
+        input_size: shape of one sample.
+        masks: each site, in forward order, with the names of its masks under `model.rblock`.
+        order: for each of them, its place in the order in which the user named the sites.
+        forwards: the generated training forwards by the name of the method: "forward", often "forward_features".
+        maskless: the methods that the forward calls before its last mask, which have no training forward.
+        specialised: the optional arguments of the forward, with the defaults that the graph takes for granted.
+        guards: everything else that it takes for granted.
+        halved: the modules that run on each half of the batch: batch norms with "per_submodel", and layers other than
+            batch norm that relate the samples of a batch.
+        early_fork_reason: why the batch doubles at the input; None where it doubles at the first mask.
+        cost: FLOPs of the training forward over those of the plain one.
+    """
+
+    method: str
+    calibration: str
+    batch_norm: str
+    input_size: Shape
+    masks: tuple[tuple[Site, tuple[str, ...]], ...]
+    order: tuple[int, ...]
+    forwards: Mapping[str, Generated]
+    maskless: tuple[str, ...]
+    specialised: Mapping[str, Any]
+    guards: Guards
+    halved: tuple[str, ...]
+    early_fork_reason: str | None
+    cost: float
+
+
+class RBlock(nn.Module):
+    """The masks of a converted model: no parameters, no persistent buffers."""
+
+    conversion: Conversion
+
+    def masks_of(self, position: int) -> list[Mask]:
+        """The masks of one site, numbered in forward order, in the order of their calls."""
+        names = self.conversion.masks[position][1]
+        return [mask for name in names if isinstance(mask := self.get_submodule(name), Mask)]
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the masks alone, with the arguments of torch.compile; the network around them stays eager.
+
+        Masks of one shape share a graph, and a change of drop_prob keeps it. A compiled mask reads its map once.
+        """
+        for mask in self.children():
+            mask.compile(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The settings that all masks share."""
+        return f"method={self.conversion.method!r}, batch_norm={self.conversion.batch_norm!r}"
