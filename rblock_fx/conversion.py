@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rblock_fx.errors import ConversionError
 from rblock_fx.guards import refuse_changed_settings, refuse_hooks, refuse_replaced_batch_norms
-from rblock_fx.masks import Mask
+from rblock_fx.masks.methods import Mask
 from rblock_fx.stages import Site
 from rblock_fx.swap import SwappedClass
 from rblock_fx.watch import Setting

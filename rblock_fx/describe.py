@@ -5,7 +5,7 @@ import dataclasses
 from torch import nn
 
 from rblock_fx.conversion import find_converted
-from rblock_fx.masks import Mask
+from rblock_fx.masks.methods import Mask
 from rblock_fx.stages import Site
 from rblock_fx.tables import format_table
 
@@ -127,7 +127,7 @@ def _describe_site(site: Site, mask: Mask, place: int | None) -> SiteDescription
         channel_axis=site.channel_axis,
         drop_prob=mask.drop_prob,
         block_size=mask.block_size if mask.has_blocks else None,
-        gamma=mask.block_centre_probability(mask.map_size) if mask.has_blocks else None,
+        gamma=mask.compute_gamma(mask.map_size, mask.drop_prob) if mask.has_blocks else None,
         cost_before=site.cost_before,
         forks=mask.forks,
     )

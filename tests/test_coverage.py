@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rblock_fx.coverage import block_centre_probability, compiled_block_centre_probability, coverage
 from rblock_fx.errors import SettingError
+from rblock_fx.masks.coverage import block_centre_probability, coverage
 from tests.oracles import coverage_by_enumeration, coverage_by_simulation, eq8, eq18, eq19
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
@@ -115,7 +115,7 @@ def test_newton_on_tensors_agrees_with_bisection():
     for shape, block_size, drop_prob in cases:
         for calibration in ("exact", "eq6"):
             expected = block_centre_probability(drop_prob, shape, block_size, calibration)
-            got = compiled_block_centre_probability(torch.tensor(drop_prob), shape, block_size, calibration).item()
+            got = block_centre_probability(torch.tensor(drop_prob), shape, block_size, calibration).item()
             errors.append(abs(coverage(max(got, 0.0), shape, block_size) - coverage(expected, shape, block_size)))
     assert len(errors) == 7 * 3 * 6 * 2
     assert np.max(errors) < 2e-6

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rblock_fx import apply_rblock
-from rblock_fx.functional import _in_one_expression, dilate, fork_and_mask, kept_scale, mask_parts
-from rblock_fx.masks import BDropDML
+from rblock_fx.masks.functional import _mask_in_one_expression, dilate, fork_and_mask, kept_scale, mask_parts
+from rblock_fx.masks.methods import BDropDML
 from tests.oracles import Maps, recorded_masks
 
 seeds = st.integers(0, 2**31)
@@ -18,7 +18,7 @@ def factors(seed, parts_channel, parts_spatial, rows, channels, size):
     generator = torch.Generator().manual_seed(seed)
     ones = [1] * len(size)
     channel = torch.rand((parts_channel, rows, channels, *ones), generator=generator) < 0.5
-    spatial = (torch.rand((parts_spatial, rows, 1, *size), generator=generator) < 0.3).float()
+    spatial = torch.rand((parts_spatial, rows, 1, *size), generator=generator) < 0.3
     scale = kept_scale(channel, spatial).expand(2, rows, 1, *ones)
     return channel, spatial, scale
 
@@ -78,7 +78,7 @@ def test_what_a_compiler_sees_is_the_same(case):
     name = "fork" if operation is fork_and_mask else "keep"
 
     def expression(x, *all_factors):
-        return _in_one_expression(x, *all_factors, name)
+        return _mask_in_one_expression(x, *all_factors, name)
 
     check_against_dense(operation, expression, x, *factors(seed, *parts, rows, channels, size), seed)
 
@@ -87,7 +87,7 @@ def test_what_a_compiler_sees_is_the_same(case):
 def test_activations_dropped_one_by_one(seed, rows, channels, size, channels_inside):
     generator = torch.Generator().manual_seed(seed)
     dropped = torch.rand((2, rows, channels, *size), generator=generator) < 0.4
-    everywhere = torch.ones((1, rows, 1, *(1 for _ in size)))
+    everywhere = torch.ones((1, rows, 1, *(1 for _ in size)), dtype=torch.bool)
     scale = torch.full((2, rows, 1, *(1 for _ in size)), 1.25)
     x = laid_out((rows, channels, *size), "channels inside" if channels_inside else "", seed)
     check_against_dense(fork_and_mask, fork_and_mask, x, dropped, everywhere, scale, seed)

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from rblock_fx import apply_rblock, set_drop_prob, split_pair
-from rblock_fx.coverage import coverage
-from rblock_fx.functional import _chunk_by_chunk
-from rblock_fx.masks import METHODS, Mask
+from rblock_fx.masks.coverage import coverage
+from rblock_fx.masks.functional import _mask_in_chunks
+from rblock_fx.masks.methods import METHODS, Mask
 from tests.oracles import Maps, opened
 
 ISSUE_SHAPES = [((64, 32, 32), 3), ((16, 7, 7), 7), ((8, 4, 4), 3), ((8, 3, 5), 3), ((8, 1, 1), 3)]
@@ -238,7 +238,7 @@ def test_no_value_is_read_on_the_host(method, rows):
         masked = mask(x)
         factors = mask.draw(rows, 64, (9, 9), x.device)
         scale = mask.scale(*factors).expand(kind.parts, rows, 1, 1, 1)
-        joined = _chunk_by_chunk(masked, factors[0], factors[1].float(), scale, "join")
+        joined = _mask_in_chunks(masked, factors[0], factors[1].float(), scale, "join")
         assert masked.shape == (kind.parts * rows, 64, 9, 9)
         assert joined.shape == x.shape
         assert masked.device == joined.device == torch.device("cuda", 0)
