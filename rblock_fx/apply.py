@@ -12,7 +12,8 @@ from torch import nn
 from rblock_fx.checks import check_convertible, check_removable, check_settings, check_suitable, one_per_site
 from rblock_fx.converted import RBlockModel
 from rblock_fx.errors import SiteError
-from rblock_fx.masks.methods import METHODS, Mask
+from rblock_fx.masks.mask import Mask
+from rblock_fx.masks.methods import METHODS
 from rblock_fx.network.replica import weightless_copy
 from rblock_fx.network.sites import HEAD, Sites, resolve_sites
 from rblock_fx.network.stages import Site, SiteList, containers_of, find_stages
@@ -155,7 +156,7 @@ def _install(model: nn.Module, rblock: RBlock) -> None:
 def _warn_of_misfits(rblock: RBlock) -> None:
     """Warn of masks whose blocks do not fit their maps."""
     for name, mask in rblock.named_children():
-        if not isinstance(mask, Mask) or not hasattr(mask, "fit_shares"):
+        if not isinstance(mask, Mask) or not mask.has_blocks:
             continue
         nothing, everything = mask.fit_shares()
         if everything > 0.01 or mask.covers_map:

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rblock_fx.converted import find_converted
 from rblock_fx.errors import SettingError, VerificationError
-from rblock_fx.masks.methods import METHODS, Mask
+from rblock_fx.masks.mask import Mask
+from rblock_fx.masks.methods import METHODS
 from rblock_fx.network.replica import copy_model, random_state_kept, tensors_in
 from rblock_fx.network.stages import format_table
 from rblock_fx.surgery.conversion import snapshot

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from rblock_fx import SiteError, apply_rblock, describe, list_sites, remove_rblock, split_pair
-from rblock_fx.masks import METHODS, Mask
+from rblock_fx.masks.methods import METHODS, Mask
 from tests.oracles import recorded_masks, two_forwards
 
 MODELS = {

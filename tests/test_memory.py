@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks import bench_memory, models
 from benchmarks.live_bytes import LiveBytes, allocator_peak
 from rblock_fx import apply_rblock, describe, sharing
-from rblock_fx.masks import BDropDML
+from rblock_fx.masks.methods import BDropDML
 from rblock_fx.sharing import save_masked_only
 
 ROOT = pathlib.Path(__file__).parent.parent
