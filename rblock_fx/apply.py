@@ -1,6 +1,7 @@
 """apply_rblock, remove_rblock, list_sites: the order of the steps."""
 
 import itertools
+import math
 import threading
 import warnings
 from collections.abc import Sequence
@@ -157,6 +158,10 @@ def _warn_of_misfits(rblock: RBlock) -> None:
     """Warn of masks whose blocks do not fit their maps."""
     for name, mask in rblock.named_children():
         if not isinstance(mask, Mask) or not mask.has_blocks:
+            continue
+        needed = math.prod(-(-side // mask.block_size) for side in mask.map_size)
+        expected = math.prod(mask.map_size) * mask.compute_gamma(mask.map_size, mask.drop_prob)
+        if needed > 4 + 2 * expected:  # fewer blocks than that cannot cover the map, and more are too rare
             continue
         nothing, everything = mask.fit_shares()
         if everything > 0.01 or mask.covers_map:

@@ -204,7 +204,6 @@ def _measure_rates(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
 
         mask.register_forward_pre_hook(note)
     twin(images.clone())
-    is_shared = vars(twin)[MASKS].conversion.method in ("bdropdml", "sdropdml", "c-dropblock")
     checks = []
     for name, mask in masks.items():
         if not isinstance(mask, Mask):
@@ -215,7 +214,7 @@ def _measure_rates(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
         ones = torch.ones((2 * rows, *shapes[name][1:]), device=images.device)
         shares = (mask(ones) == 0).flatten(1).double().mean(1)
         seen, error = shares.mean().item(), shares.std().item() / len(shares) ** 0.5
-        asked = mask.drop_prob / 2 if is_shared else mask.drop_prob
+        asked = mask.drop_prob / 2 if mask.shares_drop_prob else mask.drop_prob
         is_exact = mask.calibration == "exact" or not mask.has_blocks
         if is_exact and abs(seen - asked) > 6 * error + 0.01:
             raise VerificationError(

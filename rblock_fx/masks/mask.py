@@ -41,6 +41,7 @@ class Mask(nn.Module):
     needs_map: ClassVar[bool] = True
     has_blocks: ClassVar[bool] = True
     largest_drop_prob: ClassVar[float] = 1.0
+    shares_drop_prob: ClassVar[bool] = False  # between the sub-models: each drops drop_prob / 2
 
     rate: Tensor
     gamma: Tensor

@@ -16,6 +16,8 @@ class BDropDML(Mask):
     The two dropped sets are disjoint and their union is M on every channel.
     """
 
+    shares_drop_prob = True
+
     def draw(self, rows: int, channels: int, map_size: Shape, device: torch.device) -> Factors:
         """Draw l1 ~ Bernoulli(0.5) and l2 = 1 - l1 over channels; M over positions."""
         blocks = self.draw_blocks(rows, map_size, device)
@@ -29,6 +31,8 @@ class SDropDML(Mask):
     The two dropped sets are disjoint and their union is every split channel, whole. gamma follows from Eq. 8 at p = 0.5
     whatever the calibration, as Algorithm 2 (step 2) says.
     """
+
+    shares_drop_prob = True
 
     def draw(self, rows: int, channels: int, map_size: Shape, device: torch.device) -> Factors:
         """Draw l over channels; M and 1 - M over positions."""
@@ -47,6 +51,8 @@ class CDropBlock(Mask):
     Where blocks of the two meet, one sub-model, chosen per sample by a fair coin, drops the position. The two dropped
     sets are disjoint and their union is M on every channel.
     """
+
+    shares_drop_prob = True
 
     def draw(self, rows: int, channels: int, map_size: Shape, device: torch.device) -> Factors:  # noqa: ARG002
         """Draw the blocks of sub-model 1 and those of 2, on every channel."""
