@@ -37,10 +37,9 @@ from torchvision.models import get_model_builder, list_models
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks.harness import commit
+from benchmarks.environment import commit
 from benchmarks.zoo_report import LINES, read_lines, report
 from rblock_fx import RBlockError, apply_rblock, describe, list_sites, set_drop_prob, split_pair
-from rblock_fx.dry_run import dry_run
 
 # Parts of models that are refused whole, and the images that they take.
 PARTS: dict[str, tuple[int, ...]] = {
@@ -139,7 +138,7 @@ def _has_maps(model: nn.Module) -> bool | None:
         if isinstance(entry, dict) and entry.get("module") in modules:
             modules[entry["module"]].register_forward_hook(record)
     try:
-        with dry_run():
+        with torch.no_grad(), torch.device("meta"):
             model(torch.empty(2, *model.pretrained_cfg["input_size"]))
     except Exception:
         return None
@@ -250,7 +249,7 @@ def _smallest_size(model: nn.Module, native: tuple[int, ...]) -> tuple[int, ...]
     for side in (*(side for side in SIDES if side < native[-1]), None):
         size = native if side is None else (*native[:-2], side, side)
         try:
-            with dry_run():
+            with torch.no_grad(), torch.device("meta"):
                 for training in (False, True):
                     weightless.train(training)(torch.empty(2, *size))
             return size
