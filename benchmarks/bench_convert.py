@@ -22,8 +22,9 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks import harness, zoo
+from benchmarks import harness
 from benchmarks.harness import Row
+from benchmarks.zoo_models import all_names, build
 from rblock_fx import apply_rblock, describe, remove_rblock
 
 ResultT = TypeVar("ResultT")
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _model(text: str) -> str:
-    if text not in zoo.all_names():
+    if text not in all_names():
         raise argparse.ArgumentTypeError(f"expected timm/NAME or torchvision/NAME, got {text!r}")
     return text
 
@@ -63,7 +64,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
     """One row per model."""
     warnings.simplefilter("ignore")
     names = options.models or (QUICK_MODELS if options.quick else MODELS)
-    apply_rblock(zoo.build("timm/resnet18"))  # the first conversion of a process imports and initialises
+    apply_rblock(build("timm/resnet18"))  # the first conversion of a process imports and initialises
     return [measure_model(name, options.rounds or (1 if options.quick else 3)) for name in names]
 
 
@@ -71,7 +72,7 @@ def measure_model(name: str, rounds: int) -> Row:
     """One row: in every round a new model, converted and run."""
     seconds: dict[str, list[float]] = {"convert": [], "build": [], "forward": []}
     for _ in range(rounds):
-        building, model = timed(lambda: zoo.build(name))
+        building, model = timed(lambda: build(name))
         config = getattr(model, "pretrained_cfg", None) or {}
         size = tuple(config.get("input_size") or IMAGES.get(name, (3, 224, 224)))
         converting, _ = timed(lambda model=model, size=size: apply_rblock(model, input_size=size))

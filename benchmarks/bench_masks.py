@@ -208,8 +208,7 @@ def draw(rows: list[harness.Row], path: pathlib.Path) -> None:
             axis.set_xticks(range(len(chosen)), labels, rotation=90, fontsize=7)
             axis.set_ylabel(f"{dtype}: forward + backward / torch.cat's")
         axes[-1, 0].set_xlabel("N x C x HxW, by number of elements")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        axes[0, 0].figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+        harness.add_legend(axes[0, 0])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ network (fullgraph) for every method; the loss and the optimizer stay eager.
 """
 
 import argparse
-import contextlib
 import pathlib
 import sys
 from collections.abc import Callable
@@ -47,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--batch", type=harness.positive, default=None, help="images in a batch (default: each network's own)"
     )
     parser.add_argument("--channels_last", action="store_true", help="channels-last memory format, for all")
-    parser.add_argument("--autocast", choices=["bfloat16", "float16"], default=None, help="autocast to it, for all")
+    parser.add_argument("--autocast", choices=["bfloat16"], default=None, help="autocast to it, for all")
     harness.run(
         "step", parser, measure, table, draw, arguments, key=("model", "mode", "method", "batch", "layout", "dtype")
     )
@@ -101,7 +100,7 @@ class Step:
     def __init__(self, name: str, method: str, batch: int, options: argparse.Namespace) -> None:
         torch.manual_seed(options.seed)
         self.device = options.device
-        self.dtype = getattr(torch, options.autocast) if options.autocast else None
+        self.autocast = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=bool(options.autocast))
         model, self.loss = build_competitor(name, method, options.device)
         self.images, self.labels = images_and_labels(name, batch, options.device)
         if options.channels_last:
@@ -109,8 +108,6 @@ class Step:
             self.images = self.images.to(memory_format=torch.channels_last)
         self.model: Callable[[Tensor], Tensor] = model
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-        # Scales the loss as one does in float16; does nothing otherwise.
-        self.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == torch.float16)
 
     def compile(self) -> None:
         """Compile the network, not the loss."""
@@ -118,8 +115,7 @@ class Step:
 
     def forward(self) -> Tensor:
         """The loss of the batch."""
-        autocast: Any = torch.autocast(torch.device(self.device).type, self.dtype) if self.dtype else None
-        with autocast or contextlib.nullcontext():
+        with self.autocast:
             return self.loss(self.model, self.images, self.labels)
 
     def flops(self) -> int:
@@ -132,9 +128,8 @@ class Step:
 
     def __call__(self) -> None:
         """Train once."""
-        self.scaler.scale(self.forward()).backward()  # type: ignore[no-untyped-call]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.forward().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
         self.optimizer.zero_grad()
 
 
@@ -183,22 +178,19 @@ def draw(rows: list[harness.Row], path: pathlib.Path) -> None:
     width = 0.85 / len(methods)
     with harness.figure(path, rows=len(modes), size=(2.4 + 2.1 * len(models), 1.2 + 3.4 * len(modes))) as axes:
         for axis, mode in zip(axes[:, 0], modes, strict=True):
-            for row in [row for row in rows if row["mode"] == mode]:
+            for row in (row for row in rows if row["mode"] == mode):
                 x = models.index(row["model"]) + (methods.index(row["method"]) - (len(methods) - 1) / 2) * width
-                first = row["model"] == models[0] and mode == modes[0]
                 middle, (low, high) = row["over_plain"]["median"], row["over_plain"]["quartiles"]
-                label = row["method"] if first else None
-                axis.bar(x, middle, 0.92 * width, color=COLOURS[row["method"]], label=label)
+                axis.bar(x, middle, 0.92 * width, color=COLOURS[row["method"]], label=row["method"])
                 axis.plot([x, x], [low, high], color="black", linewidth=1)
                 bound = row["flops_over_plain"]
-                top = max(middle, high, bound) + 0.05
+                axis.plot([x - width / 2, x + width / 2], [bound, bound], color="#c51b7d", linewidth=2, label="FLOPs")
+                top = max(high, bound) + 0.05
                 axis.text(x, top, f"{middle:.2f}", ha="center", va="bottom", fontsize=7, rotation=90)
-                label = "FLOPs" if first and row["method"] == methods[-1] else None
-                axis.plot([x - width / 2, x + width / 2], [bound, bound], color="#c51b7d", linewidth=2, label=label)
             axis.set_xticks(range(len(models)), models)
             axis.set_ylim(0, 1.2 * max(row["over_plain"]["quartiles"][1] for row in rows))
             axis.set_ylabel(f"{mode} step / plain's")
-        axes[0, 0].figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+        harness.add_legend(axes[0, 0])
 
 
 if __name__ == "__main__":

@@ -183,6 +183,11 @@ def write(path: pathlib.Path, result: Mapping[str, Any]) -> str:
     return text
 
 
+def format_shape(shape: Sequence[int]) -> str:
+    """Write a shape as 7x12."""
+    return "x".join(map(str, shape))
+
+
 def format_table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
     """Columns of text aligned left, of numbers aligned right, None as a dash."""
     cells = [list(header), *([("-" if cell is None else str(cell)) for cell in line] for line in lines)]
@@ -218,3 +223,10 @@ def figure(path: pathlib.Path, *, rows: int = 1, columns: int = 1, size: tuple[f
     yield axes
     drawing.savefig(path, dpi=120)
     pyplot.close(drawing)
+
+
+def add_legend(axis: Any) -> None:
+    """A legend above the figure, from the labels of one of its axes, each once."""
+    handles, labels = axis.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axis.figure.legend([*unique.values()], [*unique], loc="outside upper center", ncols=4, fontsize=8, frameon=False)
