@@ -155,8 +155,7 @@ def draw(rows: list[Row], path: pathlib.Path) -> None:
             axis.scatter([row["modules"] for row in rows], seconds, 24, color=colour, label=kind)
         for row in _by_time(rows)[-6:]:
             point = row["modules"], row["convert_seconds"]["median"]
-            text = row["name"].split("/")[1]
-            axis.annotate(text, point, (-6, 0), textcoords="offset points", ha="right", va="center", fontsize=8)
+            axis.annotate(row["name"], point, (-6, 0), textcoords="offset points", ha="right", va="center", fontsize=8)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel("modules")

@@ -90,7 +90,7 @@ def measure(options: argparse.Namespace) -> list[harness.Row]:
                         "over_bound": over_plain["median"] / bound,
                     }
                 )
-            print(table(rows[-len(methods) :]), file=sys.stderr, flush=True)
+            print(table(rows[-len(methods) :]), file=sys.stderr)
     return rows
 
 

@@ -5,6 +5,7 @@ import contextlib
 import os
 import pathlib
 import platform
+import re
 import subprocess
 from typing import Any
 
@@ -22,7 +23,7 @@ def describe_environment(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "versions": versions(),
         "commit": commit(),
-        "cpu": cpu_model(),
+        "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device_name(options.device),
@@ -49,15 +50,6 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device).lower().replace(" ", "-")
 
 
-def cpu_model() -> str:
-    """The processor, as Linux names it."""
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def commit() -> str | None:
     """The commit that is measured, with "+" where files differ from it; None outside a repository."""
     status = ["git", "status", "--porcelain", "--", "rblock_fx", "benchmarks/*.py"]
@@ -69,3 +61,11 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head[:10] + ("+" if changed else "")
+
+
+def _cpu() -> str:
+    """The processor, as Linux names it."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return found.group(1) if found else platform.processor()
+    return platform.processor()

@@ -11,21 +11,16 @@ from benchmarks.environment import ROOT
 from benchmarks.harness import RESULTS
 
 README = ROOT / "README.md"
-SCRIPTS = {
-    "step": bench_step,
-    "masks": bench_masks,
-    "memory": bench_memory,
-    "rate": bench_rate,
-    "convert": bench_convert,
-}
+MEASURED = (bench_step, bench_masks, bench_memory, bench_rate, bench_convert)
 
 
 def build_tables() -> dict[str, str]:
     """Name of a mark -> its table in Markdown, from what was measured on a CPU."""
     tables = {"zoo": zoo_report.markdown(json.loads(zoo_report.SUMMARY.read_text())["architectures"])}
-    for name, script in SCRIPTS.items():
-        result = json.loads((RESULTS / f"{name}-cpu.json").read_text())
-        tables[f"bench_{name}"] = script.markdown(result["rows"])
+    for script in MEASURED:
+        name = script.__name__.removeprefix("benchmarks.")
+        result = json.loads((RESULTS / f"{name.removeprefix('bench_')}-cpu.json").read_text())
+        tables[name] = script.markdown(result["rows"])
     return tables
 
 
