@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -24,6 +24,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, Any]
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def command_line(script: str, description: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark has; a script adds its own.
 
@@ -31,7 +36,7 @@ def command_line(script: str, description: str | None) -> argparse.ArgumentParse
         script: name of the script without "bench_": results go to benchmarks/results/<script>-<device>.json and .png.
         description: docstring of the script.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"python benchmarks/bench_{script}.py",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
