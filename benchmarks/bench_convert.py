@@ -1,8 +1,7 @@
-"""Time of apply_rblock, beside building the network and running it once.
+"""Time of apply_rblock, compared with building the network and running it once.
 
     python benchmarks/bench_convert.py --threads 1     # minutes: benchmarks/results/convert-cpu.json and its figure
     python benchmarks/bench_convert.py --quick --output /tmp/convert.json
-    python benchmarks/bench_convert.py --models timm/resnet50 torchvision/vgg16_bn
     python benchmarks/bench_convert.py --show benchmarks/results/convert-cpu.json
 
 Each conversion gets a new model with weights, and uses the default sites. In the same rounds are timed: building the
@@ -16,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import torch
 
@@ -26,8 +25,6 @@ from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.zoo_models import all_names, build
 from rblock_fx import apply_rblock, describe, remove_rblock
-
-ResultT = TypeVar("ResultT")
 
 NAMES = """
     timm/test_resnet timm/resnet18 timm/resnet50 timm/resnet152 timm/resnetv2_50 timm/seresnet50 timm/lcnet_050
@@ -49,8 +46,9 @@ IMAGES = {"torchvision/r3d_18": (3, 16, 112, 112), "torchvision/inception_v3": (
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = harness.command_line("convert", __doc__)
-    names = "names such as timm/resnet50 instead of the list of 51"
-    parser.add_argument("--models", nargs="+", type=_model, default=None, help=names)
+    parser.add_argument(
+        "--models", nargs="+", type=_model, default=None, help="names such as timm/resnet50 (default 51)"
+    )
     harness.run("convert", parser, measure, table, draw, arguments, key=("name",))
 
 
@@ -98,7 +96,7 @@ def measure_model(name: str, rounds: int) -> Row:
     return row
 
 
-def timed(call: Callable[[], ResultT]) -> tuple[float, ResultT]:
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     """Wall time and result of one call, after collecting the garbage of earlier ones."""
     gc.collect()
     start = time.perf_counter()
@@ -108,6 +106,11 @@ def timed(call: Callable[[], ResultT]) -> tuple[float, ResultT]:
 
 def _by_time(rows: list[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: float(row["convert_seconds"]["median"]))
+
+
+def _chosen(rows: list[Row]) -> dict[str, Row]:
+    ordered = _by_time(rows)
+    return {"fastest": ordered[0], "median": ordered[len(rows) // 2], "slowest": ordered[-1]}
 
 
 def table(rows: list[Row]) -> str:
@@ -127,8 +130,6 @@ def table(rows: list[Row]) -> str:
 
 def markdown(rows: list[Row]) -> str:
     """The README's table: the fastest, the median and the slowest conversion."""
-    ordered = _by_time(rows)
-    chosen = {"fastest": ordered[0], "median": ordered[len(rows) // 2], "slowest": ordered[-1]}
     lines = [
         [
             f"{which} of {len(rows)}: {row['name']}",
@@ -139,7 +140,7 @@ def markdown(rows: list[Row]) -> str:
                 for kind in ("convert_seconds", "convert_over_build", "convert_over_forward")
             ),
         ]
-        for which, row in chosen.items()
+        for which, row in _chosen(rows).items()
     ]
     header = ["conversion", "M parameters", "modules", "seconds", "/ building it", "/ one forward"]
     return harness.format_markdown(header, lines)
@@ -153,9 +154,9 @@ def draw(rows: list[Row], path: pathlib.Path) -> None:
         for kind, colour in kinds.items():
             seconds = [row[f"{kind}_seconds"]["median"] for row in rows]
             axis.scatter([row["modules"] for row in rows], seconds, 24, color=colour, label=kind)
-        for row in _by_time(rows)[-6:]:
+        for row in _chosen(rows).values():
             point = row["modules"], row["convert_seconds"]["median"]
-            axis.annotate(row["name"], point, (-6, 0), textcoords="offset points", ha="right", va="center", fontsize=8)
+            axis.annotate(row["name"], point, (0, 6), textcoords="offset points", ha="center", fontsize=8)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel("modules")

@@ -2,7 +2,6 @@
 
     python benchmarks/bench_masks.py                 # 22 maps in float32 and bfloat16; ten minutes on two cores
     python benchmarks/bench_masks.py --quick         # two small maps; under a minute
-    python benchmarks/bench_masks.py --dtypes bfloat16 --keep            # add to the rows of the file
     python benchmarks/bench_masks.py --show benchmarks/results/masks-cpu.json
 
 The floor is `torch.cat([x, x])`: any way to run two sub-models in one batch writes x twice and adds two gradients. All
@@ -55,8 +54,7 @@ Shape = tuple[int, ...]
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = harness.command_line("masks", __doc__)
-    default = DTYPES[:2]
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=default, help="of x (default float32 bfloat16)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES[:2], help="of x (default the first two)")
     harness.run("masks", parser, measure, table, draw, arguments, key=("dtype", "shape"))
 
 

@@ -11,8 +11,8 @@ R-Drop does it); R-Block (BDropDML) at the last two stages and at all, and at th
 
 Columns, in MB (1e6 bytes): `peak`, the most bytes of tensors that live at once; `allocator`, the same with buffers that
 kernels allocate internally (on a CPU torch's profiler, on CUDA torch.cuda.max_memory_allocated); `activations`, the
-tensors that autograd keeps between forward and backward. R-Block has two ideals, computed from a plain step in which
-all tensors made after the first site, in forward, loss and backward, count twice and all others (parameters, their
+tensors that autograd keeps between forward and backward. R-Block has two ideals, computed from a plain step whose
+tensors made after the first site, in forward, loss and backward, count twice and all others (parameters, their
 gradients, momentum, images, the part before the site) once: `ideal peak` and `ideal act.`. The map at the site counts
 once if the part before it saves it, and twice more if the part after it does. `peak / ideal` includes fixed memory on
 both sides, `act. / ideal` does not.
@@ -35,15 +35,13 @@ from benchmarks.live_bytes import Life, LiveBytes, SavingParts, allocator_peak
 from benchmarks.models import COLOURS, METHODS, MODELS, SITES, STUDIED, build_competitor, images_and_labels
 from rblock_fx import describe
 
-QUICK_MODELS = ("test_resnet",)
-QUICK_BATCH = 2
+QUICK_MODELS, QUICK_BATCH = ("test_resnet",), 2
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = harness.command_line("memory", __doc__)
-    known = f"networks (default {' '.join(STUDIED)})"
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=None, help=known)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=None, help=f"default {' '.join(STUDIED)}")
     parser.add_argument(
         "--batch", type=harness.positive, default=None, help="images in a batch (default: each network's own)"
     )
@@ -124,7 +122,7 @@ class Step:
         return path, kind == "(input)"
 
     def ideal(self, site: str, is_head: bool) -> harness.Row:
-        """Peak and activations of a plain step in which everything behind the site were there twice."""
+        """Peak and activations of a plain step if all tensors made after the site existed twice."""
         saving = SavingParts()
         maps: list[Tensor] = []
         hooks = torch.autograd.graph.saved_tensors_hooks(saving, lambda tensor: tensor)

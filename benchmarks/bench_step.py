@@ -38,10 +38,9 @@ QUICK_MODELS = ("test_resnet",)
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = harness.command_line("step", __doc__)
-    known = f"networks (default {' '.join(STUDIED)})"
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=None, help=known)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=None, help=f"default {' '.join(STUDIED)}")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=None, help="default both; with --quick eager")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=None, help="beside plain (default all)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=None, help="compared with plain (default all)")
     parser.add_argument(
         "--batch", type=harness.positive, default=None, help="images in a batch (default: each network's own)"
     )

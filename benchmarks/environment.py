@@ -36,11 +36,8 @@ def describe_environment(options: argparse.Namespace) -> dict[str, Any]:
 
 def versions() -> dict[str, Any]:
     """Versions of Python and of the packages that are measured."""
-    packages = {"torch": torch, "torchvision": torchvision, "timm": timm, "rblock_fx": rblock_fx}
-    return {
-        "python": platform.python_version(),
-        **{name: str(package.__version__) for name, package in packages.items()},
-    }
+    packages = (torch, torchvision, timm, rblock_fx)
+    return {"python": platform.python_version()} | {package.__name__: str(package.__version__) for package in packages}
 
 
 def device_name(device: str) -> str:

@@ -25,7 +25,7 @@ class Life:
         size: bytes.
         shape: of the tensor that it was first seen in.
         operation: the operation that made it.
-        part: part of the step (`LiveBytes.part`) in which it was made.
+        part: part of the step (`LiveBytes.part`) that made it.
     """
 
     size: int

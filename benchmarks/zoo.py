@@ -47,6 +47,7 @@ def examine(name: str) -> Line:
     line: Line = {"name": name, "family": family_of(name), "commit": commit() or "unknown"}
     try:
         line |= examine_structure(name)
+        line["maps"] = _has_maps(build_without_weights(name)) if name.startswith("timm/") else None
         if line["status"] == "converted" and line["parameters"] <= LARGEST:
             line["numbers"] = compare_outputs(line)
     except Exception as error:
@@ -61,7 +62,6 @@ def examine_structure(name: str) -> Line:
     side = PARTS.get(name.removeprefix("torchvision/")) or (299 if "inception_v3" in name else None)
     size = side and (3, side, side)
     line: Line = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
-    line["maps"] = _has_maps(model) if name.startswith("timm/") else None
     try:
         start = time.process_time()
         sites = list_sites(model, input_size=size)
@@ -131,9 +131,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run", help="examine the architectures that have no line yet")
-    runs.add_argument("--only", default="*", help="a glob over names such as timm/resnet50")
-    runs.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes of one thread each")
+    run_parser = commands.add_parser("run", help="examine the architectures that have no line yet")
+    run_parser.add_argument("--only", default="*", help="a glob over names such as timm/resnet50")
+    run_parser.add_argument(
+        "--workers", type=positive, default=os.cpu_count() or 1, help="processes of one thread each"
+    )
     commands.add_parser("report", help="write results/zoo.json")
     options = parser.parse_args(arguments)
     if options.command == "run":

@@ -46,8 +46,7 @@ def build(name: str) -> nn.Module:
     """Make a model with random weights; with its auxiliary heads, where it may have some."""
     source, model = name.split("/")
     if source == "timm":
-        created: nn.Module = timm.create_model(model)
-        return created
+        return timm.create_model(model)
     model, _, option = model.partition(" ")
     base, _, part = model.partition(".")
     wanted = {"weights_backbone": None, "quantize": bool(option), "aux_loss": True}

@@ -1,4 +1,4 @@
-"""Outputs and gradients of a converted architecture, compared with the plain one's."""
+"""Compare outputs and gradients of a converted architecture with those of the plain one."""
 
 import copy
 from typing import Any
@@ -32,7 +32,8 @@ def compare_outputs(line: dict[str, Any]) -> dict[str, Any]:
         again = _leaves(model.eval()(x))
     model.train()
     set_drop_prob(model, 0.0)
-    error = _largest_error(model(x), plain)
+    with torch.no_grad():
+        error = _largest_error(model(x), plain)
     model.load_state_dict(state)
 
     set_drop_prob(model, 0.2)
