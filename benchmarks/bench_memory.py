@@ -118,8 +118,8 @@ class Step:
 
     def first_site(self) -> tuple[str, bool]:
         """Path of the first module whose output is masked; of the classifier, whose input is masked, for a head."""
-        path, _, kind = describe(self.model).sites[0].path.partition(" ")
-        return path, kind == "(input)"
+        site = describe(self.model).sites[0]
+        return site.path.removesuffix(" (input)"), getattr(site, "is_head", site.path.endswith(" (input)"))
 
     def ideal(self, site: str, is_head: bool) -> harness.Row:
         """Peak and activations of a plain step if all tensors made after the site existed twice."""

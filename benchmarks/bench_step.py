@@ -3,7 +3,6 @@
     python benchmarks/bench_step.py                  # four networks, eager and compiled; 40 minutes on two cores
     python benchmarks/bench_step.py --quick          # a tiny network, eager; some seconds
     python benchmarks/bench_step.py --models resnet50 --modes compiled --keep        # add to what the file has
-    python benchmarks/bench_step.py --models resnet50 --modes eager --channels_last --autocast bfloat16
     python benchmarks/bench_step.py --show benchmarks/results/step-cpu.json
 
 A step is forward, loss, backward and SGD with momentum. Compared: the plain network; timm's DropBlock2d after the last
