@@ -104,19 +104,15 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def _by_time(rows: list[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: float(row["convert_seconds"]["median"]))
-
-
 def _chosen(rows: list[Row]) -> dict[str, Row]:
-    ordered = _by_time(rows)
+    ordered = sorted(rows, key=lambda row: float(row["convert_seconds"]["median"]))
     return {"fastest": ordered[0], "median": ordered[len(rows) // 2], "slowest": ordered[-1]}
 
 
 def table(rows: list[Row]) -> str:
     """One line per model, the slowest first."""
     lines = []
-    for row in reversed(_by_time(rows)):
+    for row in sorted(rows, key=lambda row: -float(row["convert_seconds"]["median"])):
         convert = row["convert_seconds"]
         line = [row["name"], f"{row['parameters'] / 1e6:.2f}", row["modules"], len(row["sites"])]
         line += [f"{convert['median']:.3f}", "{:.3f}-{:.3f}".format(*convert["quartiles"])]

@@ -1,7 +1,6 @@
 """Does every CNN of timm and torchvision convert, and keep its behaviour? One JSON line per architecture.
 
     python benchmarks/zoo.py run --workers 2      # resumable: architectures that have a line are skipped
-    python benchmarks/zoo.py run --only 'timm/resnet*'
     python benchmarks/zoo.py report               # results/zoo.json from the lines; then python benchmarks/readme.py
 
 For each architecture: the conversion with default sites, without weights (seconds, sites, shapes, cost). Up to 30 M
@@ -71,12 +70,18 @@ def examine_structure(name: str) -> Line:
         return line | {"status": "refused", "error": f"{type(error).__name__}: {error}"[:160]}
     converted = time.process_time()
     made = describe(model)
+    maps = [
+        (site, mask, getattr(mask, "place", None)) for site in made.sites for mask in getattr(site, "masks", (site,))
+    ]
     return line | {
         "status": "converted",
         "seconds": round(converted - listed, 3),
         "seconds_listing": round(listed - start, 3),
         "stages": [site.path for site in sites],
-        "sites": [[site.path, list(site.shape), site.channel_axis] for site in made.sites],
+        "sites": [
+            [site.path if place is None else f"{site.path}[{place}]", list(mask.shape), site.channel_axis]
+            for site, mask, place in maps
+        ],
         "cost": round(made.cost, 4),
         "cost_before": round(min(site.cost_before for site in made.sites), 4),
         "early_fork_reason": made.early_fork_reason,
