@@ -9,7 +9,7 @@ import torchvision
 from accelerate import Accelerator
 from torch import nn
 
-from benchmarks.zoo import build
+from benchmarks.zoo_models import build
 from rblock_fx import (
     ConversionError,
     DropSchedule,
