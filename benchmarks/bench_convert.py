@@ -1,39 +1,30 @@
-"""How long does apply_rblock take, and how does that grow with the model?
+"""Time of apply_rblock, compared with building the network and running it once.
 
-    python benchmarks/bench_convert.py --threads 1     # minutes: benchmarks/results/convert-cpu.json and its picture
+    python benchmarks/bench_convert.py --threads 1     # minutes: benchmarks/results/convert-cpu.json and its figure
     python benchmarks/bench_convert.py --quick --output /tmp/convert.json
     python benchmarks/bench_convert.py --show benchmarks/results/convert-cpu.json
 
-Each conversion has a model of its own, made anew with weights, and default sites. Beside it, in the same rounds: making
-the model, one forward of one image in eval mode, and torch.fx.symbolic_trace where it succeeds.
-
-Rows "model" are architectures of timm and torchvision. Rows "growth" are one network twice, four times ... as deep at
-one width, and as wide at one depth. Rows "cold" are first conversions, each in a process of its own, with the next one
-beside it. Rows "meta" are conversions of models without weights, beside those with. --device has no meaning here:
-conversions happen on the CPU.
+Each conversion gets a new model with weights, and uses the default sites. In the same rounds are timed: building the
+model, and one forward of one image in eval mode. A conversion runs on the CPU whatever --device is.
 """
 
 import argparse
-import concurrent.futures
 import gc
-import multiprocessing
+import pathlib
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import harness
-import timm
 import torch
-import torchvision
-from convert_report import draw, table
-from harness import Row
-from torch import fx, nn
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from benchmarks import harness
+from benchmarks.harness import Row
+from benchmarks.zoo_models import all_names, build
 from rblock_fx import apply_rblock, describe, remove_rblock
-
-ResultT = TypeVar("ResultT")
 
 NAMES = """
     timm/test_resnet timm/resnet18 timm/resnet50 timm/resnet152 timm/resnetv2_50 timm/seresnet50 timm/lcnet_050
@@ -49,161 +40,126 @@ NAMES = """
     """
 MODELS = tuple(NAMES.split())
 QUICK_MODELS = ("timm/test_resnet", "timm/resnet18", "timm/mobilenetv3_small_050", "torchvision/googlenet")
-COLD = ("timm/resnet50", "timm/hrnet_w32", "torchvision/googlenet")
-META = ("timm/resnet50", "timm/convnext_base", "timm/pvt_v2_b5", "timm/nasnetalarge")
-MULTIPLES = (1, 2, 4, 8, 16)
-
-# Networks whose depth and width are arguments, as functions of the multiples of the smallest.
-GROWING: dict[str, Callable[[int, int], dict[str, Any]]] = {
-    "convnext_atto": lambda depth, width: {
-        "depths": (depth,) * 4,
-        "dims": tuple(16 * width * 2**stage for stage in range(4)),
-    },
-    "resnet50": lambda depth, width: {"layers": (depth,) * 4, "base_width": 16 * width},
-}
-IMAGES = {"r3d_18": (3, 16, 112, 112), "inception_v3": (3, 299, 299)}
+IMAGES = {"torchvision/r3d_18": (3, 16, 112, 112), "torchvision/inception_v3": (3, 299, 299)}
 
 
-def build(name: str, **arguments: Any) -> nn.Module:
-    """Make a model of timm or torchvision with random weights, and its auxiliary heads where it has some."""
-    source, architecture = name.split("/")
-    if source == "timm":
-        model: nn.Module = timm.create_model(architecture, **arguments)
-        return model
-    if architecture in ("googlenet", "inception_v3"):
-        arguments |= {"init_weights": False, "aux_logits": True}  # their initialisation draws by SciPy, for a minute
-    if architecture.startswith("deeplabv3"):
-        arguments |= {"weights_backbone": None, "aux_loss": True}
-    created: nn.Module = torchvision.models.get_model(architecture, weights=None, **arguments)
-    return created
+def main(arguments: list[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = harness.command_line("convert", __doc__)
+    parser.add_argument(
+        "--models", nargs="+", type=_model, default=None, help="names such as timm/resnet50 (default 51)"
+    )
+    harness.run("convert", parser, measure, table, draw, arguments, key=("name",))
 
 
-def image_size(name: str, model: nn.Module) -> tuple[int, ...]:
-    """The shape of one image that a model takes."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    return tuple(config.get("input_size") or IMAGES.get(name.split("/")[1], (3, 224, 224)))
+def _model(text: str) -> str:
+    if text not in all_names():
+        raise argparse.ArgumentTypeError(f"expected timm/NAME or torchvision/NAME, got {text!r}")
+    return text
 
 
-def timed(call: Callable[..., ResultT], *args: Any, **kwargs: Any) -> tuple[float, ResultT]:
-    """Wall time of one call, with the garbage of earlier ones collected before, and what it gave."""
-    gc.collect()
-    start = time.perf_counter()
-    result = call(*args, **kwargs)
-    return time.perf_counter() - start, result
+def measure(options: argparse.Namespace) -> list[Row]:
+    """One row per model."""
+    warnings.simplefilter("ignore")
+    names = options.models or (QUICK_MODELS if options.quick else MODELS)
+    apply_rblock(build("timm/resnet18"))  # the first conversion of a process imports and initialises
+    return [measure_model(name, options.rounds or (1 if options.quick else 3)) for name in names]
 
 
-def measure_model(kind: str, name: str, rounds: int, **arguments: Any) -> Row:
-    """One row: a fresh model in every round, converted, run and traced."""
+def measure_model(name: str, rounds: int) -> Row:
+    """One row: in every round a new model, converted and run."""
     seconds: dict[str, list[float]] = {"convert": [], "build": [], "forward": []}
-    traced: list[float] = []
-    for turn in range(rounds):
-        seconds_building, model = timed(build, name, **arguments)
-        size = image_size(name, model)
-        seconds_converting, _ = timed(apply_rblock, model, input_size=size)
+    for _ in range(rounds):
+        building, model = timed(lambda: build(name))
+        config = getattr(model, "pretrained_cfg", None) or {}
+        size = tuple(config.get("input_size") or IMAGES.get(name, (3, 224, 224)))
+        converting, _ = timed(lambda model=model, size=size: apply_rblock(model, input_size=size))
         made = describe(model)
         remove_rblock(model).eval()
+        image = torch.randn(1, *size)
         with torch.inference_mode():
-            seconds_forward, _ = timed(model, torch.randn(1, *size))
-        seconds["build"].append(seconds_building)
-        seconds["convert"].append(seconds_converting)
-        seconds["forward"].append(seconds_forward)
-        if len(traced) == turn:  # no second try where the first failed
-            traced += trace_seconds(model)
+            forward, _ = timed(lambda model=model, image=image: model(image))
+        for kind, value in (("build", building), ("convert", converting), ("forward", forward)):
+            seconds[kind].append(value)
     row = {
-        "kind": kind,
         "name": name,
-        **arguments,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "modules": sum(1 for _ in model.modules()),
         "image": size,
         "sites": [site.path for site in made.sites],
         "cost": made.cost,
-        **{f"{what}_seconds": harness.spread(values) for what, values in seconds.items()},
-        "fx_trace_seconds": harness.spread(traced) if traced else None,
-        "first_seconds": seconds["convert"][0],
+        **{f"{kind}_seconds": harness.spread(values) for kind, values in seconds.items()},
         "convert_over_build": harness.ratio(seconds["convert"], seconds["build"]),
         "convert_over_forward": harness.ratio(seconds["convert"], seconds["forward"]),
     }
-    print(f"{name} {arguments or ''}: {row['convert_seconds']['median']:.2f} s", file=sys.stderr)
+    print(f"{name}: {row['convert_seconds']['median']:.2f} s", file=sys.stderr)
     return row
 
 
-def trace_seconds(model: nn.Module) -> list[float]:
-    """The time of torch.fx.symbolic_trace; none where the model cannot be traced whole."""
-    try:
-        return [timed(fx.symbolic_trace, model)[0]]
-    except Exception:
-        return []
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Wall time and result of one call, after collecting the garbage of earlier ones."""
+    gc.collect()
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
 
 
-def measure_growth(network: str, axis: str, multiples: tuple[int, ...], rounds: int) -> list[Row]:
-    """One network at several depths or widths."""
-    rows = []
-    for multiple in multiples:
-        depth, width = (multiple, 2) if axis == "depth" else (2, multiple)
-        arguments = GROWING[network](depth, width)
-        row = measure_model("growth", f"timm/{network}", rounds, **arguments)
-        rows.append(row | {"axis": axis, "multiple": multiple})
-    return rows
+def _chosen(rows: list[Row]) -> dict[str, Row]:
+    ordered = sorted(rows, key=lambda row: float(row["convert_seconds"]["median"]))
+    return {"fastest": ordered[0], "median": ordered[len(rows) // 2], "slowest": ordered[-1]}
 
 
-def measure_cold(name: str) -> Row:
-    """The first conversion of a process, and the second, of a fresh model each."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as process:
-        first, second = process.submit(convert_twice, name, torch.get_num_threads()).result()
-    return {"kind": "cold", "name": name, "cold_seconds": first, "warm_seconds": second}
+def table(rows: list[Row]) -> str:
+    """One line per model, the slowest first."""
+    lines = []
+    for row in sorted(rows, key=lambda row: -float(row["convert_seconds"]["median"])):
+        convert = row["convert_seconds"]
+        line = [row["name"], f"{row['parameters'] / 1e6:.2f}", row["modules"], len(row["sites"])]
+        line += [f"{convert['median']:.3f}", "{:.3f}-{:.3f}".format(*convert["quartiles"])]
+        line += [f"{1000 * convert['median'] / row['modules']:.2f}"]
+        line += [f"{row[kind]['median']:.3f}" for kind in ("build_seconds", "forward_seconds")]
+        line += [f"{row[ratio]['median']:.2f}" for ratio in ("convert_over_build", "convert_over_forward")]
+        lines.append(line)
+    header = ["model", "M parameters", "modules", "sites", "convert s", "quartiles", "ms/module", "build s"]
+    return harness.format_table([*header, "forward s", "convert/build", "convert/forward"], lines)
 
 
-def convert_twice(name: str, threads: int) -> tuple[float, float]:
-    """Seconds of two conversions, in a process that has converted nothing."""
-    torch.set_num_threads(threads)
-    first, second = (timed(apply_rblock, build(name))[0] for _ in range(2))
-    return first, second
+def markdown(rows: list[Row]) -> str:
+    """The README's table: the fastest, the median and the slowest conversion."""
+    lines = [
+        [
+            f"{which} of {len(rows)}: {row['name']}",
+            f"{row['parameters'] / 1e6:.1f}",
+            row["modules"],
+            *(
+                f"{row[kind]['median']:.2f}"
+                for kind in ("convert_seconds", "convert_over_build", "convert_over_forward")
+            ),
+        ]
+        for which, row in _chosen(rows).items()
+    ]
+    header = ["conversion", "M parameters", "modules", "seconds", "/ building it", "/ one forward"]
+    return harness.format_markdown(header, lines)
 
 
-def measure_meta(name: str, rounds: int) -> Row:
-    """Conversions of a model with weights and of one on the meta device, in turns."""
-
-    def build_without_weights() -> nn.Module:
-        with torch.device("meta"):
-            return build(name)
-
-    seconds: dict[str, list[float]] = {"weights": [], "meta": []}
-    for _ in range(rounds):
-        seconds["weights"].append(timed(apply_rblock, build(name))[0])
-        seconds["meta"].append(timed(apply_rblock, build_without_weights())[0])
-    return {
-        "kind": "meta",
-        "name": name,
-        **{f"{what}_seconds": harness.spread(values) for what, values in seconds.items()},
-        "meta_over_weights": harness.ratio(seconds["meta"], seconds["weights"]),
-    }
-
-
-def measure(options: argparse.Namespace) -> list[Row]:
-    """All kinds of rows."""
-    warnings.simplefilter("ignore")
-    quick = options.quick
-    rounds = options.rounds or (1 if quick else 3)
-    names = options.models or (QUICK_MODELS if quick else MODELS)
-    # Cold first: those processes import what this one has imported, while nothing else runs.
-    rows = [measure_cold(name) for name in (("timm/resnet18",) if quick else COLD)]
-    apply_rblock(build("timm/resnet18"))  # what is cold about this process
-    rows += [measure_model("model", name, rounds) for name in names]
-    multiples = (1, 4) if quick else MULTIPLES
-    for network in list(GROWING)[: 1 if quick else None]:
-        for axis in ("depth", "width"):
-            rows += measure_growth(network, axis, multiples, rounds)
-    rows += [measure_meta(name, rounds) for name in (("timm/resnet18",) if quick else META)]
-    return rows
-
-
-def main() -> None:
-    """Parse the command line and run."""
-    parser = harness.command_line("convert", __doc__)
-    parser.add_argument("--models", nargs="+", default=None, help="names such as timm/resnet50 in place of the list")
-    harness.run("convert", parser, measure, table, draw)
+def draw(rows: list[Row], path: pathlib.Path) -> None:
+    """Seconds of a conversion against the number of modules, with building and one forward."""
+    kinds = {"convert": "#2166ac", "build": "#999999", "forward": "#e08214"}
+    with harness.figure(path, size=(9, 6)) as axes:
+        axis = axes[0, 0]
+        for kind, colour in kinds.items():
+            seconds = [row[f"{kind}_seconds"]["median"] for row in rows]
+            axis.scatter([row["modules"] for row in rows], seconds, 24, color=colour, label=kind)
+        for row in _chosen(rows).values():
+            point = row["modules"], row["convert_seconds"]["median"]
+            axis.annotate(row["name"], point, (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("modules")
+        axis.set_ylabel("seconds (median)")
+        axis.set_title(f"apply_rblock on {len(rows)} models")
+        axis.grid(alpha=0.3)
+        axis.legend()
 
 
 if __name__ == "__main__":

@@ -1,27 +1,29 @@
-"""Fork-and-mask, forward and backward, beside its floor and beside what people use, over maps and channels.
+"""Time of a pair of masks, forward and backward: R-Block, its floor, and the alternatives, over maps and channels.
 
-    python benchmarks/bench_masks.py                 # the grid in float32 and bfloat16; about ten minutes on two cores
+    python benchmarks/bench_masks.py                 # 22 maps in float32 and bfloat16; ten minutes on two cores
     python benchmarks/bench_masks.py --quick         # two small maps; under a minute
     python benchmarks/bench_masks.py --show benchmarks/results/masks-cpu.json
 
-The floor is `torch.cat([x, x])`: any way to run two sub-models in one batch writes x twice and adds two gradients.
-`op` is fork_and_mask with masks that are drawn already, as it comes and compiled; `plain ops` is the same product
-written with the masks as tensors, torch.cat([x * mask_1, x * mask_2]). The others draw their masks too: `R-Block` is
-the mask module of BDropDML, `timm` and `torchvision` are their DropBlock2d on torch.cat([x, x]), all at drop_prob 0.2
-and block_size 3.
+The floor is `torch.cat([x, x])`: any way to run two sub-models in one batch writes x twice and adds two gradients. All
+others draw their masks within the timed step, as training does. `R-Block` is BDropDML at the first site, eager and
+compiled. `plain ops` writes the same method down in PyTorch: pooled block centres, two dense masks, each normalised to
+mean 1, torch.cat([x * mask_1, x * mask_2]). `timm` and `torchvision` are their DropBlock2d on torch.cat([x, x]). All
+have drop_prob 0.2 and block_size 3.
 
-All competitors of one map take turns; a ratio to the floor is taken within each round and its median shown. `pays
-after` is the number of steps after which the time that compiling took is saved.
+All competitors of one map take turns; a ratio is taken within each round and its median is shown. `pays after` is the
+number of steps after which the time spent on compiling is saved.
 """
 
 import argparse
 import math
 import pathlib
+import statistics
 import sys
 import time
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 import torchvision.ops
 from timm.layers.drop import DropBlock2d
 from torch import Tensor
@@ -29,20 +31,19 @@ from torch import Tensor
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import harness
-from rblock_fx.functional import fork_and_mask
-from rblock_fx.masks import METHODS
+from benchmarks.models import build_mask
+from rblock_fx import describe
 
 DROP_PROB, BLOCK_SIZE = 0.2, 3
+DTYPES = ("float32", "bfloat16", "float16")
 MAPS, CHANNELS = (7, 14, 28, 56, 112), (16, 64, 256, 1024, 2048)
-# Elements of x: as a step of a real network has them, and (in float32, with some numbers of channels) as a cache holds.
-LARGE, SMALL, SMALL_CHANNELS = 1 << 22, 1 << 18, (16, 256, 2048)
-# The three maps of design.md, of CIFAR networks and of resnet50.
+ELEMENTS = 1 << 22  # of x, as in a training step
+# Maps of CIFAR networks and of resnet50.
 NAMED = ((128, 64, 32, 32), (128, 256, 8, 8), (32, 1024, 14, 14))
 COMPETITORS = {
-    "op": "#2166ac",
-    "op, compiled": "#053061",
+    "R-Block": "#2166ac",
+    "R-Block, compiled": "#053061",
     "plain ops": "#e08214",
-    "R-Block": "#92c5de",
     "timm": "#999999",
     "torchvision": "#4d4d4d",
 }
@@ -53,31 +54,28 @@ Shape = tuple[int, ...]
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = harness.command_line("masks", __doc__)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of x (default both)")
-    parser.add_argument("--channels_last", action="store_true", help="x in channels-last memory format")
-    harness.run("masks", parser, measure, table, draw, arguments, key=("dtype", "shape", "layout"))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES[:2], help="of x (default the first two)")
+    harness.run("masks", parser, measure, table, draw, arguments, key=("dtype", "shape"))
 
 
-def shapes(quick: bool, dtype: str) -> list[Shape]:
-    """Shapes (N, C, H, W): as many samples as come nearest to the wanted number of elements, at most 256."""
+def shapes(quick: bool) -> list[Shape]:
+    """Shapes (N, C, H, W): the N that comes closest to ELEMENTS from below, at most 256."""
     if quick:
         return [(4, 64, 14, 14), (2, 256, 7, 7)]
-    sizes = [(LARGE, CHANNELS), *([(SMALL, SMALL_CHANNELS)] if dtype == "float32" else [])]
     grid = [
-        (min(elements // (channels * side * side), 256), channels, side, side)
-        for elements, all_channels in sizes
+        (min(ELEMENTS // (channels * side * side), 256), channels, side, side)
         for side in MAPS
-        for channels in all_channels
-        if channels * side * side <= elements
+        for channels in CHANNELS
+        if channels * side * side <= ELEMENTS
     ]
-    return [*NAMED, *dict.fromkeys(grid)]
+    return [*NAMED, *(shape for shape in grid if math.prod(shape) >= ELEMENTS // 4)]
 
 
 def measure(options: argparse.Namespace) -> list[harness.Row]:
     """One row per shape and dtype."""
     rows = []
     for dtype in options.dtypes:
-        for shape in shapes(options.quick, dtype):
+        for shape in shapes(options.quick):
             rows.append(measure_shape(shape, dtype, options))
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     return rows
@@ -87,53 +85,57 @@ def measure_shape(shape: Shape, dtype: str, options: argparse.Namespace) -> harn
     """Seconds of every competitor on one map."""
     torch.manual_seed(options.seed)
     torch._dynamo.reset()
-    layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    x = torch.randn(shape, device=options.device).to(getattr(torch, dtype), memory_format=layout)
+    x = torch.randn(shape, device=options.device).to(getattr(torch, dtype))
     gradient = torch.randn_like(torch.cat([x, x]))
-    operations = competitors(shape, x)
-    calls = {name: _forward_and_backward(operation, x, gradient) for name, operation in operations.items()}
+    steps = {
+        name: _forward_and_backward(operation, x, gradient) for name, operation in competitors(shape, x.device).items()
+    }
 
     started = time.perf_counter()
-    calls["op, compiled"]()
+    steps["R-Block, compiled"]()
     compile_seconds = time.perf_counter() - started
-    rounds = options.rounds or (5 if options.quick else 11)
-    seconds = harness.time_in_turns(calls, rounds, options.device)
-    middle = {name: harness.spread(values)["median"] for name, values in seconds.items()}
-    saved = middle["op"] - middle["op, compiled"]
+    seconds = harness.time_in_turns(steps, options.rounds or (5 if options.quick else 11), options.device)
+    spreads = {name: harness.spread(values) for name, values in seconds.items()}
+    saved = spreads["R-Block"]["median"] - spreads["R-Block, compiled"]["median"]
     return {
         "shape": list(shape),
         "elements": math.prod(shape),
         "dtype": dtype,
-        "layout": "channels_last" if options.channels_last else "contiguous",
-        "seconds": {name: harness.spread(values) for name, values in seconds.items()},
+        "seconds": spreads,
         "over_cat": {name: harness.ratio(seconds[name], seconds["cat"]) for name in COMPETITORS},
-        "timm_over_ours": harness.ratio(seconds["timm"], seconds["R-Block"]),
-        "torchvision_over_ours": harness.ratio(seconds["torchvision"], seconds["R-Block"]),
+        "over_eager": {name: harness.ratio(seconds[name], seconds["R-Block"]) for name in COMPETITORS},
+        "over_compiled": {name: harness.ratio(seconds[name], seconds["R-Block, compiled"]) for name in COMPETITORS},
         "compile_seconds": compile_seconds,
         "compile_pays_after_steps": math.ceil(compile_seconds / saved) if saved > 0 else None,
     }
 
 
-def competitors(shape: Shape, x: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Name -> what gives (2N, C, H, W) of (N, C, H, W)."""
-    rows, channels, *size = shape
-    mask = METHODS["bdropdml"](DROP_PROB, BLOCK_SIZE, "exact", (channels, *size), 1, forks=True).to(x.device)
-    channel, spatial = mask.draw(rows, channels, tuple(size), x.device)
-    scale = mask.scale(channel, spatial).expand(2, rows, 1, 1, 1)
-    spatial = spatial.to(torch.float32)
-    dense = ((1 - channel.float() * spatial) * scale).to(x.dtype)
-    compiled = torch.compile(fork_and_mask, fullgraph=True, dynamic=False)
+def competitors(shape: Shape, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Name -> function from (N, C, H, W) to (2N, C, H, W)."""
+    ours = build_mask("bdropdml", shape[1:], drop_prob=DROP_PROB, block_size=BLOCK_SIZE).to(device)
+    gamma = describe(ours).sites[0].gamma
     timm_block = DropBlock2d(DROP_PROB, BLOCK_SIZE)
     torchvision_block = torchvision.ops.DropBlock2d(DROP_PROB, BLOCK_SIZE)
     return {
         "cat": lambda x: torch.cat([x, x]),
-        "op": lambda x: fork_and_mask(x, channel, spatial, scale),
-        "op, compiled": lambda x: compiled(x, channel, spatial, scale),
-        "plain ops": lambda x: torch.cat([x * dense[0], x * dense[1]]),
-        "R-Block": mask,
+        "R-Block": ours,
+        "R-Block, compiled": torch.compile(ours, fullgraph=True, dynamic=False),
+        "plain ops": lambda x: fork_in_plain_operations(x, gamma),
         "timm": lambda x: timm_block(torch.cat([x, x])),
         "torchvision": lambda x: torchvision_block(torch.cat([x, x])),
     }
+
+
+def fork_in_plain_operations(x: Tensor, gamma: float | None) -> Tensor:
+    """BDropDML as Algorithm 1 reads: draws in float32, everything dense in the dtype of x."""
+    rows, channels, height, width = x.shape
+    centres = (torch.rand(rows, 1, height, width, device=x.device) < gamma).to(x.dtype)
+    blocks = F.max_pool2d(centres, BLOCK_SIZE, stride=1, padding=BLOCK_SIZE // 2)
+    first = (torch.rand(rows, channels, 1, 1, device=x.device) < 0.5).to(x.dtype)
+    keep_1, keep_2 = 1 - blocks * first, 1 - blocks * (1 - first)
+    mask_1 = keep_1 / keep_1.mean((1, 2, 3), keepdim=True)
+    mask_2 = keep_2 / keep_2.mean((1, 2, 3), keepdim=True)
+    return torch.cat([x * mask_1, x * mask_2])
 
 
 def _forward_and_backward(operation: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> Callable[[], object]:
@@ -145,8 +147,8 @@ def _forward_and_backward(operation: Callable[[Tensor], Tensor], x: Tensor, grad
 
 
 def table(rows: list[harness.Row]) -> str:
-    """One line per shape and dtype; ratios to torch.cat, then to ours."""
-    header = ["N, C, H, W", "dtype", "M elements", "cat ms", *COMPETITORS, "timm / R-Block", "torchvision / R-Block"]
+    """One line per shape and dtype: ratios to torch.cat."""
+    header = ["N, C, H, W", "dtype", "M elements", "cat ms", *(f"{name} / cat" for name in COMPETITORS), "pays after"]
     lines = [
         [
             ", ".join(map(str, row["shape"])),
@@ -154,13 +156,33 @@ def table(rows: list[harness.Row]) -> str:
             f"{row['elements'] / 1e6:.1f}",
             f"{1e3 * row['seconds']['cat']['median']:.2f}",
             *(f"{row['over_cat'][name]['median']:.2f}" for name in COMPETITORS),
-            f"{row['timm_over_ours']['median']:.2f}",
-            f"{row['torchvision_over_ours']['median']:.1f}",
             row["compile_pays_after_steps"],
         ]
         for row in rows
     ]
-    return harness.format_table([*header, "pays after"], lines)
+    return harness.format_table(header, lines)
+
+
+def markdown(rows: list[harness.Row]) -> str:
+    """The README's table: lowest, median and highest ratio over the maps, a column per dtype."""
+    ratios = {
+        "R-Block / torch.cat": ("over_cat", "R-Block"),
+        "R-Block, compiled / torch.cat": ("over_cat", "R-Block, compiled"),
+        "dense masks in plain operations / R-Block": ("over_eager", "plain ops"),
+        "timm's DropBlock2d on the doubled batch / R-Block": ("over_eager", "timm"),
+        "torchvision's DropBlock2d on the doubled batch / R-Block": ("over_eager", "torchvision"),
+        "dense masks in plain operations / R-Block, compiled": ("over_compiled", "plain ops"),
+        "timm's DropBlock2d on the doubled batch / R-Block, compiled": ("over_compiled", "timm"),
+    }
+    by_dtype = {
+        dtype: [row for row in rows if row["dtype"] == dtype] for dtype in dict.fromkeys(r["dtype"] for r in rows)
+    }
+    lines = []
+    for label, (ratio, name) in ratios.items():
+        medians = [[row[ratio][name]["median"] for row in chosen] for chosen in by_dtype.values()]
+        lines.append([label, *(f"{min(m):.2f}, {statistics.median(m):.2f}, {max(m):.2f}" for m in medians)])
+    heads = [f"{dtype}, {len(chosen)} maps" for dtype, chosen in by_dtype.items()]
+    return harness.format_markdown(["forward + backward: lowest, median, highest", *heads], lines)
 
 
 def draw(rows: list[harness.Row], path: pathlib.Path) -> None:
@@ -180,10 +202,8 @@ def draw(rows: list[harness.Row], path: pathlib.Path) -> None:
             labels = ["{} x {} x {}x{}".format(*row["shape"]) for row in chosen]
             axis.set_xticks(range(len(chosen)), labels, rotation=90, fontsize=7)
             axis.set_ylabel(f"{dtype}: forward + backward / torch.cat's")
-            axis.spines[["top", "right"]].set_visible(False)
         axes[-1, 0].set_xlabel("N x C x HxW, by number of elements")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        axes[0, 0].figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+        harness.add_legend(axes[0, 0])
 
 
 if __name__ == "__main__":

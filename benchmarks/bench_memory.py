@@ -1,32 +1,29 @@
-"""Peak memory of a training step, by model and method, beside the least that two sub-models behind a fork can need.
+"""Peak memory of a training step, by model and method, and its lower bound for two sub-models after a fork.
 
-    python benchmarks/bench_memory.py                    # five networks, three to six minutes on one core
-    python benchmarks/bench_memory.py --quick            # two of them on small batches, about 20 s, writes nothing
+    python benchmarks/bench_memory.py                    # four networks, three to six minutes on one core
+    python benchmarks/bench_memory.py --quick            # the smallest, on a small batch; writes nothing
     python benchmarks/bench_memory.py --models resnet50 --batch 32 --device cuda
     python benchmarks/bench_memory.py --show benchmarks/results/memory-cpu.json
 
 A step is forward, loss, backward and SGD with momentum, whose buffers exist before it. Compared: the plain network;
-timm's DropBlock2d behind the last two stages; the batch doubled at the input, torch.cat([x, x]); two forwards with one
-joint loss (R-Drop's way); R-Block (BDropDML) at the last two stages and at all, and at the classifier's input (R-Drop's
-masks).
+timm's DropBlock2d after the last two stages; the batch doubled at the input; two forwards with one joint loss (as
+R-Drop does it); R-Block (BDropDML) at the last two stages and at all, and at the classifier's input (R-Drop's masks).
 
-Columns, in MB (1e6 bytes): `peak`, the most bytes of tensors that live at once; `allocator`, the same with what kernels
-allocate within themselves (on a CPU torch's profiler, on CUDA torch.cuda.max_memory_allocated); `activations`, what
-lives between forward and backward but did not before the step, which is what autograd has saved. For R-Block two ideals
-stand beside them, both of the plain network's own step, in which everything made behind the first site, in forward,
-loss and backward, is counted twice, and all else (parameters, their gradients, momentum, images, the part before the
-site) once: `ideal peak`, and `ideal act.`, which is the activations of the part before the site and twice those of the
-part behind it. The map at the site counts once if the part before saves it, and twice more if the part behind does.
-`peak / ideal` has fixed memory on both sides, `act. / ideal` has none.
+Columns, in MB (1e6 bytes): `peak`, the most bytes of tensors that live at once; `allocator`, the same with buffers that
+kernels allocate internally (on a CPU torch's profiler, on CUDA torch.cuda.max_memory_allocated); `activations`, the
+tensors that autograd keeps between forward and backward. R-Block has two ideals, computed from a plain step whose
+tensors made after the first site, in forward, loss and backward, count twice and all others (parameters, their
+gradients, momentum, images, the part before the site) once: `ideal peak` and `ideal act.`. The map at the site counts
+once if the part before it saves it, and twice more if the part after it does. `peak / ideal` includes fixed memory on
+both sides, `act. / ideal` does not.
 """
 
 import argparse
-import functools
+import contextlib
 import gc
-import os
 import pathlib
 import sys
-from typing import Any, cast
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -35,22 +32,21 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import harness
 from benchmarks.live_bytes import Life, LiveBytes, SavingParts, allocator_peak
-from benchmarks.methods import COLOURS, METHODS, SITES, competitor
-from benchmarks.models import MODELS, STUDIED, images_and_labels
+from benchmarks.models import COLOURS, METHODS, MODELS, SITES, STUDIED, build_competitor, images_and_labels
+from rblock_fx import describe
 
-QUICK_MODELS = ("resnet18", "convnext_atto")
-QUICK_BATCH = 2
+QUICK_MODELS, QUICK_BATCH = ("test_resnet",), 2
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's notices of starting and stopping
     parser = harness.command_line("memory", __doc__)
-    known = f"networks (default {' '.join(STUDIED)})"
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=None, help=known)
-    parser.add_argument("--batch", type=int, default=None, help="images in a batch (default: each network's own)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=None, help=f"default {' '.join(STUDIED)}")
+    parser.add_argument(
+        "--batch", type=harness.positive, default=None, help="images in a batch (default: each network's own)"
+    )
     parser.set_defaults(threads=1)
-    harness.run("memory", parser, measure, table, draw)
+    harness.run("memory", parser, measure, table, draw, arguments, key=("model", "method", "batch"))
 
 
 def measure(options: argparse.Namespace) -> list[harness.Row]:
@@ -82,7 +78,7 @@ class Step:
 
     def __init__(self, name: str, method: str, batch: int, device: str) -> None:
         self.device = device
-        self.model, self.loss = competitor(name, method, device)
+        self.model, self.loss = build_competitor(name, method, device)
         self.images, self.labels = images_and_labels(name, batch, device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
         for parameter in self.model.parameters():
@@ -95,28 +91,22 @@ class Step:
         momentum = [state["momentum_buffer"] for state in self.optimizer.state.values()]
         return [*self.model.parameters(), *self.model.buffers(), *momentum, self.images, self.labels]
 
-    def __call__(self, live: LiveBytes | None = None) -> None:
-        """Train once, telling the recorder which part of the step runs."""
-        loss = self.loss(self.model, self.images, self.labels)
-        if live is not None:
+    def record(self, live: LiveBytes) -> None:
+        """Train once under the recorder, and set the part of the step that runs."""
+        gc.collect()
+        live.add(self.fixed(), "fixed")
+        live.part = "prefix"
+        with live:
+            loss = self.loss(self.model, self.images, self.labels)
             live.forward_events = len(live.events)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if live is not None:
+            loss.backward()  # type: ignore[no-untyped-call]
             gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
             for life in map(live.life_of, gradients):
                 if life is not None:
                     life.part = "gradients"
             live.part = "optimizer"
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def record(self, live: LiveBytes) -> None:
-        """Train once under the recorder."""
-        gc.collect()
-        live.add(self.fixed(), "fixed")
-        live.part = "prefix"
-        with live:
-            self(live)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
     def measure(self) -> harness.Row:
         """Bytes at the peak, before the step, and kept between forward and backward."""
@@ -127,12 +117,12 @@ class Step:
         return {"peak": live.peak(), "allocator": rest + beyond, "rest": rest, "activations": kept}
 
     def first_site(self) -> tuple[str, bool]:
-        """Path of the first module whose output is masked, or, for a head, whose input is."""
-        site, _ = cast(Any, self.model).rblock.conversion.masks[0]
-        return site.path, site.is_head
+        """Path of the first module whose output is masked; of the classifier, whose input is masked, for a head."""
+        site = describe(self.model).sites[0]
+        return site.path.removesuffix(" (input)"), getattr(site, "is_head", site.path.endswith(" (input)"))
 
     def ideal(self, site: str, is_head: bool) -> harness.Row:
-        """Peak and activations of a plain step in which everything behind the site were there twice."""
+        """Peak and activations of a plain step if all tensors made after the site existed twice."""
         saving = SavingParts()
         maps: list[Tensor] = []
         hooks = torch.autograd.graph.saved_tensors_hooks(saving, lambda tensor: tensor)
@@ -159,12 +149,16 @@ class Step:
         return {"ideal_peak": live.peak(weight), "ideal_activations": kept}
 
 
+@contextlib.contextmanager
 def _split(
     model: nn.Module, site: str, is_head: bool, recorder: LiveBytes | SavingParts, maps: list[Tensor] | None
-) -> "_Hook":
-    """Tell the recorder where the network passes the site, forward and backward; keep the map where a list is given."""
+) -> Iterator[None]:
+    """Set the recorder's part where forward and backward pass the site; keep the map where a list is passed."""
 
-    def passed(site_map: Tensor) -> None:
+    def set_prefix(_gradient: Tensor) -> None:
+        recorder.part = "prefix"
+
+    def pass_site(site_map: Tensor) -> None:
         if maps is not None:
             maps.append(site_map.detach())
         if isinstance(recorder, LiveBytes):
@@ -172,29 +166,17 @@ def _split(
             if life is not None:
                 life.part = "map"
         recorder.part = "suffix"
-        site_map.register_hook(functools.partial(_back_in_prefix, recorder))  # type: ignore[no-untyped-call]
+        site_map.register_hook(set_prefix)  # type: ignore[no-untyped-call]
 
     module = model.get_submodule(site)
     if is_head:
-        return _Hook(module.register_forward_pre_hook(lambda _module, args: passed(args[0])))
-    return _Hook(module.register_forward_hook(lambda _module, _args, output: passed(output)))
-
-
-def _back_in_prefix(recorder: LiveBytes | SavingParts, _gradient: Tensor) -> None:
-    recorder.part = "prefix"
-
-
-class _Hook:
-    """A hook that is there in a with-block."""
-
-    def __init__(self, handle: torch.utils.hooks.RemovableHandle) -> None:
-        self.handle = handle
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_error: object) -> None:
-        self.handle.remove()
+        handle = module.register_forward_pre_hook(lambda _module, args: pass_site(args[0]))
+    else:
+        handle = module.register_forward_hook(lambda _module, _args, output: pass_site(output))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def table(rows: list[harness.Row]) -> str:
@@ -214,45 +196,44 @@ def table(rows: list[harness.Row]) -> str:
     return harness.format_table(header, lines)
 
 
-def draw(rows: list[harness.Row], path: pathlib.Path) -> None:
-    """Grouped bars of the peak over that of the plain network, and for R-Block the ideal as a line across the bar."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
+def markdown(rows: list[harness.Row]) -> str:
+    """The README's table: peak of a step over the plain network's, and in brackets over the ideal."""
+    methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "plain"))
+    plain = {row["model"]: row["peak"] for row in rows if row["method"] == "plain"}
+    cells = {}
+    for row in rows:
+        ideal = f" ({row['peak'] / row['ideal_peak']:.3f})" if "ideal_peak" in row else ""
+        cells[row["model"], row["method"]] = f"{row['peak'] / plain[row['model']]:.2f}{ideal}"
+    lines = [[model, *(cells[model, method] for method in methods)] for model in plain]
+    return harness.format_markdown(["peak / plain's (/ ideal)", *methods], lines)
 
+
+def draw(rows: list[harness.Row], path: pathlib.Path) -> None:
+    """Grouped bars of the peak over the plain network's, and for R-Block the ideal as a line across the bar."""
+    plain = {row["model"]: row for row in rows if row["method"] == "plain"}
+    models = list(plain)
     width = 0.85 / len(METHODS)
-    with harness.figure(path, size=(2.4 + 2.1 * len(models), 5)) as axes:
-        (axis,) = axes[0]
-        labelled = False
+    with harness.figure(path, size=(2.4 + 2.1 * max(len(models), 2), 5)) as axes:
+        axis = axes[0, 0]
         for row in rows:
-            plain = next(other for other in rows if other["model"] == row["model"] and other["method"] == "plain")
-            place = METHODS.index(row["method"])
-            x = models.index(row["model"]) + (place - (len(METHODS) - 1) / 2) * width
-            first = row["model"] == models[0]
-            height = row["peak"] / plain["peak"]
-            axis.bar(x, height, 0.92 * width, color=COLOURS[row["method"]], label=row["method"] if first else None)
-            top = max(row["peak"], row.get("ideal_peak", 0)) / plain["peak"]
-            axis.text(x, top + 0.03, f"{height:.2f}", ha="center", va="bottom", fontsize=7, rotation=90)
-            if "ideal_peak" in row:
-                ideal = row["ideal_peak"] / plain["peak"]
-                label = None if labelled else "ideal: behind the first site twice, all else once"
+            x = models.index(row["model"]) + (METHODS.index(row["method"]) - (len(METHODS) - 1) / 2) * width
+            of_plain = plain[row["model"]]["peak"]
+            height, ideal = row["peak"] / of_plain, row.get("ideal_peak", 0) / of_plain
+            axis.bar(x, height, 0.92 * width, color=COLOURS[row["method"]], label=row["method"])
+            text_at = max(height, ideal) + 0.03
+            axis.text(x, text_at, f"{height:.2f}", ha="center", va="bottom", fontsize=7, rotation=90)
+            if ideal:
+                label = "ideal: twice after the first site, once before"
                 axis.plot([x - width / 2, x + width / 2], [ideal, ideal], color="#c51b7d", linewidth=2, label=label)
-                labelled = True
         axis.axhline(1, color="#4d4d4d", linewidth=0.6, zorder=0)
         names = [
-            f"{model}\n{row['batch']} x {'x'.join(map(str, row['input_size']))}\nplain: {row['peak'] / 1e6:.0f} MB"
-            for model in models
-            for row in rows
-            if row["model"] == model and row["method"] == "plain"
+            f"{model}\n{row['batch']} x {harness.format_shape(row['input_size'])}\nplain: {row['peak'] / 1e6:.0f} MB"
+            for model, row in plain.items()
         ]
         axis.set_xticks(range(len(models)), names)
-        axis.set_ylim(0, 1.18 * max(row["peak"] / _plain_peak(rows, row["model"]) for row in rows))
+        axis.set_ylim(0, 1.18 * max(row["peak"] / plain[row["model"]]["peak"] for row in rows))
         axis.set_ylabel("peak of a training step / plain network's")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
-
-
-def _plain_peak(rows: list[harness.Row], model: str) -> int:
-    peak: int = next(row["peak"] for row in rows if row["model"] == model and row["method"] == "plain")
-    return peak
+        harness.add_legend(axis)
 
 
 if __name__ == "__main__":

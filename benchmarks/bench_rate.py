@@ -1,218 +1,183 @@
-"""Is the drop rate that was asked for the drop rate that happens? Monte Carlo on each library's own code.
+"""Requested and realised drop rate, by Monte Carlo on each library's own code.
 
-    python benchmarks/bench_rate.py --threads 1        # minutes: benchmarks/results/rate-cpu.json and its picture
+    python benchmarks/bench_rate.py --threads 1        # 18 minutes: benchmarks/results/rate-cpu.json and its figure
     python benchmarks/bench_rate.py --quick --output /tmp/rate.json
     python benchmarks/bench_rate.py --show benchmarks/results/rate-cpu.json
 
-Timm's DropBlock2d, torchvision's DropBlock2d and DropBlock of rblock_fx, calibrated by Eq. 6, by Eq. 7 and exactly, are
-given maps of ones and the zeros are counted. One row of the result per map, block size and rate; then one per method of
-rblock_fx, with the rate of each sub-model, of their union and of their overlap; then one per library in float16.
+The zeros are counted that the DropBlock of timm, of torchvision and of rblock_fx (calibrated by Eq. 6, by Eq. 7 and
+exactly) makes of maps of ones: one row per library, map, block size and rate.
 
-Drops of one map depend on each other, so the standard error is taken over maps, which are independent, and maps are
-drawn until it is small enough. "expected" is the rate of ours by Eq. 8, without chance. "whole" is the share of maps
-that are dropped whole. What a library refuses is recorded with its message. --rounds has no meaning here.
+Drops within a map depend on each other, so the standard error is taken over maps, which are independent, and maps are
+drawn until it is small enough. `expected` is Eq. 8 at the gamma that rblock_fx chose. An error that a library raises is
+recorded with its message. --rounds has no effect.
 """
 
 import argparse
-import dataclasses
 import itertools
 import math
+import pathlib
+import statistics
 import sys
 from collections.abc import Callable
 
-import harness
 import torch
 import torchvision.ops
-from harness import Row
-from rate_report import EXACT, PRECISIONS, Shape, by, draw, table
 from timm.layers import drop as timm_drop
 from torch import Tensor, nn
 
-from rblock_fx.coverage import coverage
-from rblock_fx.masks import METHODS, Mask
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-OURS = {calibration: f"rblock_fx {calibration}" for calibration in ("eq6", "eq7", "exact")}
-LIBRARIES = ("timm", "torchvision", *OURS.values())
+from benchmarks import harness
+from benchmarks.harness import Row, format_shape
+from benchmarks.models import build_mask
+from rblock_fx import describe
 
+OURS = {f"rblock_fx {calibration}": calibration for calibration in ("eq6", "eq7", "exact")}
+EXACT = "rblock_fx exact"
+LIBRARIES = ("timm", "torchvision", *OURS)
+
+Shape = tuple[int, ...]
 MAPS: tuple[Shape, ...] = ((4, 4), (7, 7), (8, 8), (7, 12), (14, 14), (28, 28), (32, 32), (56, 56))
-BLOCK_SIZES = (1, 3, 5, 7)
-DROP_PROBS = (0.05, 0.1, 0.2, 0.3, 0.5)
 QUICK_MAPS: tuple[Shape, ...] = ((4, 4), (7, 7), (7, 12), (14, 14))
 
-CHANNELS = 8  # of the second table
+TOLERANCE = 0.002  # of |reached - asked|
+SUMMARY = ("drop rate", "within 0.002", "median error", "largest error", "raises")
 BATCH = 1 << 18  # activations drawn at once
 FEWEST_MAPS = 4096  # before a spread is trusted
 MOST_ACTIVATIONS = 1 << 28  # of one cell
-UNIFORM_STEPS = 1 << 24  # values of torch.rand in float32
 
 
-@dataclasses.dataclass
-class Rates:
-    """Running mean and standard error of rates that are measured map by map: (batch, quantities) at a time."""
-
-    count: int = 0
-    total: Tensor | float = 0.0
-    squares: Tensor | float = 0.0
-    whole: int = 0
-
-    def add(self, rates: Tensor) -> None:
-        """Take one batch; what is dropped whole is counted for the first quantity."""
-        self.count += len(rates)
-        self.total = self.total + rates.sum(0, dtype=torch.float64)
-        self.squares = self.squares + rates.double().square().sum(0)
-        self.whole += int((rates[:, 0] == 1).sum())
-
-    @property
-    def means(self) -> list[float]:
-        """The mean of each quantity."""
-        means: list[float] = (torch.as_tensor(self.total) / self.count).tolist()
-        return means
-
-    @property
-    def standard_errors(self) -> list[float]:
-        """The standard error of each mean, over independent maps."""
-        mean = torch.as_tensor(self.total) / self.count
-        variance = (torch.as_tensor(self.squares) / self.count - mean.square()).clamp(min=0)
-        errors: list[float] = (variance / (self.count - 1)).sqrt().tolist()
-        return errors
-
-
-def draw_until(draw: Callable[[], Tensor], activations: int, target: float) -> Rates:
-    """Draw batches of rates until every standard error is at most `target`, or the cell has had its share of work."""
-    rates = Rates()
-    drawn = 0
-    while rates.count < FEWEST_MAPS or (max(rates.standard_errors) > target and drawn < MOST_ACTIVATIONS):
-        rates.add(draw())
-        drawn += activations
-    return rates
-
-
-def drop_block(library: str, drop_prob: float, block_size: int, shape: Shape) -> nn.Module:
-    """Make each library's own DropBlock, for maps of one channel."""
-    module: nn.Module
-    if library == "timm":
-        module = timm_drop.DropBlock2d(drop_prob=drop_prob, block_size=block_size)
-    elif library == "torchvision":
-        module = torchvision.ops.drop_block.DropBlock2d(p=drop_prob, block_size=block_size)
-    else:
-        calibration = next(name for name, label in OURS.items() if label == library)
-        module = METHODS["dropblock"](drop_prob, block_size, calibration, (1, *shape), channel_axis=1, forks=False)
-    return module
-
-
-def measure_cell(library: str, shape: Shape, block_size: int, drop_prob: float, target: float, device: str) -> Row:
-    """One row of the first table: the rate that one library reaches on one map."""
-    row: Row = {"table": "rate", "library": library, "map": shape, "block_size": block_size, "asked": drop_prob}
-    row |= dict.fromkeys(("reached", "standard_error", "samples", "whole", "expected", "expected_float32", "raises"))
-    x = torch.ones(max(BATCH // math.prod(shape), 1), 1, *shape, device=device)
-
-    def one_batch() -> Tensor:
-        zeros: Tensor = module(x) == 0
-        return zeros.flatten(1).float().mean(1, keepdim=True)
-
-    try:
-        module = drop_block(library, drop_prob, block_size, shape).to(device).train()
-        rates = draw_until(one_batch, x.numel(), target)
-    except ValueError as error:
-        return row | {"raises": f"{type(error).__name__}: {error}"}
-    row |= {"reached": rates.means[0], "standard_error": rates.standard_errors[0], "samples": rates.count}
-    row["whole"] = rates.whole / rates.count
-    if isinstance(module, Mask):
-        gamma = module.block_centre_probability(shape)
-        # What is compared with gamma is a multiple of 2^-24, so that the probability is gamma rounded up to one.
-        drawn = math.ceil(float(module.gamma) * UNIFORM_STEPS) / UNIFORM_STEPS
-        row["expected"] = coverage(gamma, shape, block_size)
-        row["expected_float32"] = coverage(drawn, shape, block_size)
-    return row
-
-
-def measure_method(method: str, shape: Shape, block_size: int, drop_prob: float, target: float, device: str) -> Row:
-    """One row of the second table: the rates of one method's sub-models."""
-    kind = METHODS[method]
-    mask = kind(drop_prob, block_size, "exact", (CHANNELS, *shape), channel_axis=1, forks=True).to(device)
-    x = torch.ones(max(BATCH // (CHANNELS * math.prod(shape)), 1), CHANNELS, *shape, device=device)
-
-    def one_batch() -> Tensor:
-        first, *others = (mask(x) == 0).flatten(1).chunk(kind.parts)
-        second = others[0] if others else first
-        return torch.stack([part.float().mean(1) for part in (first, second, first | second, first & second)], dim=1)
-
-    rates = draw_until(one_batch, kind.parts * x.numel(), target)
-    names = ("sub_model_1", "sub_model_2", "union", "overlap")
-    each, union = expected_rates(method, drop_prob)
-    return {
-        "table": "method",
-        "method": method,
-        "map": shape,
-        "block_size": block_size if kind.has_blocks else None,
-        "asked": drop_prob,
-        "parts": kind.parts,
-        "expected_each": each,
-        "expected_union": union,
-        **dict(zip(names, rates.means, strict=True)),
-        **{f"{name}_error": error for name, error in zip(names, rates.standard_errors, strict=True)},
-        "samples": rates.count,
-    }
-
-
-def expected_rates(method: str, p: float) -> tuple[float, float | None]:
-    """What each sub-model and their union are to drop.
-
-    R-DropBlock has no simple union: its positions differ in their rate, being less at the borders.
-    """
-    if method in ("bdropdml", "sdropdml", "c-dropblock"):
-        return p / 2, p
-    if method == "c-drop":
-        return p, 2 * p
-    if method in ("r-drop", "r-spatialdropout"):
-        return p, 1 - (1 - p) ** 2
-    return p, None if method == "r-dropblock" else p
-
-
-def measure_half_precision(library: str, shape: Shape, device: str) -> Row:
-    """One row of the third table: a batch of 512 maps in float16, at rate 0.1 with blocks of 7."""
-    torch.manual_seed(0)
-    row: Row = {"table": "float16", "library": library, "map": shape, "block_size": 7, "asked": 0.1}
-    module = drop_block(library, 0.1, 7, shape).to(device).train()
-    x = torch.ones(512, 1, *shape, device=device)
-    try:
-        zeros = {name: float((module(x.to(getattr(torch, name))) == 0).float().mean()) for name in PRECISIONS}
-    except (ValueError, RuntimeError) as error:
-        return row | dict.fromkeys(PRECISIONS) | {"raises": f"{type(error).__name__}: {error}"}
-    return row | zeros | {"raises": None}
+def main(arguments: list[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = harness.command_line("rate", __doc__)
+    harness.run("rate", parser, measure, table, draw, arguments)
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
-    """All three tables."""
+    """One row per map, block size, rate and library."""
     quick = options.quick
-    ours, others = options.standard_error or ((0.003, 0.003) if quick else (0.0005, 0.001))
-    maps, blocks, probs = (QUICK_MAPS, (3, 7), (0.1, 0.5)) if quick else (MAPS, BLOCK_SIZES, DROP_PROBS)
+    ours, others = (0.003, 0.003) if quick else (0.0005, 0.001)
+    maps, blocks, probs = (
+        (QUICK_MAPS, (3, 7), (0.1, 0.5)) if quick else (MAPS, (1, 3, 5, 7), (0.05, 0.1, 0.2, 0.3, 0.5))
+    )
     rows = []
     for shape, block_size in itertools.product(maps, blocks):
-        print(f"{by(shape)}, block {block_size}", file=sys.stderr)
+        print(f"{format_shape(shape)}, block {block_size}", file=sys.stderr)
         for drop_prob, library in itertools.product(probs, LIBRARIES):
             target = ours if library == EXACT else others
             rows.append(measure_cell(library, shape, block_size, drop_prob, target, options.device))
-    cells = [((7, 7), 3, 0.2)] if quick else [((7, 7), 3, 0.2), ((14, 14), 5, 0.1), ((14, 14), 7, 0.3)]
-    for cell, method in itertools.product(cells, METHODS):
-        rows.append(measure_method(method, *cell, ours, options.device))
-    halves = [measure_half_precision(library, (56, 56), options.device) for library in ("timm", "torchvision", EXACT)]
-    return rows + halves
+    return rows
 
 
-def main() -> None:
-    """Parse the command line and run."""
-    parser = harness.command_line("rate", __doc__)
-    parser.add_argument(
-        "--standard-error",
-        type=float,
-        nargs=2,
-        metavar=("EXACT", "OTHERS"),
-        default=None,
-        help="of each rate, at most, for rblock_fx exact and for the others "
-        "(default 0.0005 0.001; with --quick 0.003 0.003)",
-    )
-    harness.run("rate", parser, measure, table, draw)
+def measure_cell(library: str, shape: Shape, block_size: int, drop_prob: float, target: float, device: str) -> Row:
+    """One row: the rate that one library reaches on one map."""
+    row: Row = {"library": library, "map": shape, "block_size": block_size, "asked": drop_prob}
+    row |= dict.fromkeys(("reached", "standard_error", "samples", "expected", "raises"))
+    x = torch.ones(max(BATCH // math.prod(shape), 1), 1, *shape, device=device)
+    try:
+        module = build_drop_block(library, drop_prob, block_size, shape).to(device).train()
+        mean, error, maps = draw_until(lambda: (module(x) == 0).flatten(1).float().mean(1), x.numel(), target)
+    except ValueError as refusal:
+        return row | {"raises": f"{type(refusal).__name__}: {refusal}"}
+    if library in OURS:
+        row["expected"] = coverage(describe(module).sites[0].gamma or 0.0, shape, block_size)
+    return row | {"reached": mean, "standard_error": error, "samples": maps}
+
+
+def build_drop_block(library: str, drop_prob: float, block_size: int, shape: Shape) -> nn.Module:
+    """Each library's own DropBlock, for maps of one channel."""
+    if library in OURS:
+        settings = {"drop_prob": drop_prob, "block_size": block_size, "calibration": OURS[library]}
+        return build_mask("dropblock", (1, *shape), **settings)
+    return (timm_drop.DropBlock2d if library == "timm" else torchvision.ops.DropBlock2d)(drop_prob, block_size)
+
+
+def coverage(gamma: float, shape: Shape, block_size: int) -> float:
+    """Eq. 8, position by position: a position is kept if none of the centres in its clipped window is drawn."""
+    k = block_size // 2
+    spans = [[min(i + k, side - 1) - max(i - k, 0) + 1 for i in range(side)] for side in shape]
+    kept = [(1 - gamma) ** math.prod(window) for window in itertools.product(*spans)]
+    return 1 - math.fsum(kept) / len(kept)
+
+
+def draw_until(draw_batch: Callable[[], Tensor], activations: int, target: float) -> tuple[float, float, int]:
+    """Draw batches of rates, (maps,), until their standard error is at most `target` or MOST_ACTIVATIONS are drawn.
+
+    Returns:
+        Mean, standard error over maps, and number of maps.
+    """
+    means, variances, maps = [], [], 0
+    while True:
+        rates = draw_batch().double()
+        means.append(float(rates.mean()))
+        variances.append(float(rates.var()))
+        maps += len(rates)
+        error = math.sqrt(statistics.fmean(variances) / maps)
+        if maps >= FEWEST_MAPS and (error <= target or len(means) * activations >= MOST_ACTIVATIONS):
+            return statistics.fmean(means), error, maps
+
+
+def cells_of(rows: list[Row]) -> dict[tuple[Shape, int, float], dict[str, Row]]:
+    """(map, block size, rate) -> library -> row."""
+    cells: dict[tuple[Shape, int, float], dict[str, Row]] = {}
+    for row in rows:
+        cells.setdefault((tuple(row["map"]), row["block_size"], row["asked"]), {})[row["library"]] = row
+    return cells
+
+
+def table(rows: list[Row]) -> str:
+    """Every cell, the summary per library, and the errors that were raised."""
+    lines: list[list[object]] = []
+    for (shape, block_size, asked), found in cells_of(rows).items():
+        reached = ["raises" if row["reached"] is None else f"{row['reached']:.4f}" for row in found.values()]
+        exact = found[EXACT]
+        ours = [f"{exact['standard_error']:.4f}", f"{exact['expected']:.6f}"]
+        lines.append([format_shape(shape), block_size, asked, *reached, *ours])
+    cells = harness.format_table(["map", "block", "asked", *LIBRARIES, "+- exact", "expected"], lines)
+    summary = harness.format_table(SUMMARY, summarise(rows))
+    raised = sorted({f"{row['library']}: {row['raises']}" for row in rows if row["raises"]})
+    return "\n\n".join([cells, summary, "\n".join(["Raised:", *raised])])
+
+
+def summarise(rows: list[Row]) -> list[list[object]]:
+    """Per library: the distance between reached and asked rate over all cells."""
+    lines: list[list[object]] = []
+    for library in LIBRARIES:
+        cells = [row for row in rows if row["library"] == library]
+        errors = [abs(row["reached"] - row["asked"]) for row in cells if row["reached"] is not None]
+        near = f"{sum(error <= TOLERANCE for error in errors)} of {len(cells)}"
+        middle, largest = f"{statistics.median(errors):.4f}", f"{max(errors):.4f}"
+        lines.append([library, near, middle, largest, len(cells) - len(errors)])
+    return lines
+
+
+def markdown(rows: list[Row]) -> str:
+    """The README's table: the summary."""
+    return harness.format_markdown(SUMMARY, summarise(rows))
+
+
+def draw(rows: list[Row], path: pathlib.Path) -> None:
+    """Error at rate 0.1 by map and block size, a panel per library; colours saturate at 0.2."""
+    found = cells_of(rows)
+    shapes = sorted({shape for shape, _, _ in found}, key=math.prod)
+    blocks = sorted({block for _, block, _ in found})
+    with harness.figure(path, columns=len(LIBRARIES), size=(16, 4.5)) as axes:
+        for axis, library in zip(axes[0], LIBRARIES, strict=True):
+            reached = [[found[shape, block, 0.1][library]["reached"] for block in blocks] for shape in shapes]
+            errors = [[math.nan if rate is None else rate - 0.1 for rate in line] for line in reached]
+            axis.imshow(errors, cmap="RdBu_r", vmin=-0.2, vmax=0.2, aspect="auto")
+            for y, x in itertools.product(range(len(shapes)), range(len(blocks))):
+                error = errors[y][x]
+                text = "x" if math.isnan(error) else "0" if abs(error) < TOLERANCE / 2 else f"{error:+.3f}"
+                axis.text(x, y, text, ha="center", va="center", color="white" if abs(error) > 0.13 else "black")
+            axis.set_xticks(range(len(blocks)), blocks)
+            axis.set_yticks(range(len(shapes)), [format_shape(shape) for shape in shapes])
+            axis.set_xlabel("block size")
+            axis.set_title(library)
+        axes[0, 0].set_ylabel("map")
+        axes[0, 0].figure.suptitle(
+            "Drop rate reached minus 0.1, the rate asked for (0: below 0.001; x: the library raises)"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The instruments of `bench_memory.py`: which tensors live during a training step, and which part of it saves them.
+"""Record which tensors live during a training step, and which part of it saves them.
 
-`LiveBytes` sees every tensor that an operation gives, forward and backward, and when its storage dies; what a kernel
-allocates and frees within itself it does not see. `allocator_peak` sees that too: what the allocator handed out.
+`LiveBytes` sees every tensor that an operation returns, forward and backward, and when its storage dies, but not the
+buffers that a kernel allocates and frees internally. `allocator_peak` includes those.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ class Life:
     Attributes:
         size: bytes.
         shape: of the tensor that it was first seen in.
-        operation: what gave it.
-        part: of the step, as the measured code says (`LiveBytes.part`).
+        operation: the operation that made it.
+        part: part of the step (`LiveBytes.part`) that made it.
     """
 
     size: int
@@ -34,17 +34,14 @@ class Life:
     part: str
 
 
-Weight = Callable[[Life], int]
-
-
 class LiveBytes(TorchDispatchMode):
     """Records the births and deaths of storages while it is active.
 
     Attributes:
-        part: the part of the step that runs; whoever runs it sets it.
+        part: the part of the step that runs; set by the code that runs the step.
         lives: every storage seen.
         events: births (+1) and deaths (-1) with the storage's place in `lives`, in order.
-        forward_events: how many of them there were when the forward, loss included, was done; set like `part`.
+        forward_events: number of events at the end of the forward, loss included; set like `part`.
     """
 
     def __init__(self) -> None:
@@ -56,7 +53,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: Any = WeakIdKeyDictionary()
 
     def add(self, tensors: Iterable[Tensor], operation: str) -> None:
-        """Take tensors that live already, or have just been made."""
+        """Record tensors that exist already or are new."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage in self._known:
@@ -68,11 +65,11 @@ class LiveBytes(TorchDispatchMode):
             weakref.finalize(storage, self.events.append, (-1, place)).atexit = False
 
     def life_of(self, tensor: Tensor) -> Life | None:
-        """What is known of a tensor's storage."""
+        """The record of a tensor's storage."""
         place = self._known.get(tensor.untyped_storage())
         return None if place is None else self.lives[place]
 
-    def peak(self, weight: Weight = lambda _life: 1) -> int:
+    def peak(self, weight: Callable[[Life], int] = lambda _life: 1) -> int:
         """The most bytes that lived at once, each storage counted `weight` times."""
         alive = highest = 0
         for sign, place in self.events:
@@ -101,7 +98,7 @@ class SavingParts:
         self._saved: list[tuple[str, Tensor]] = []  # the tensors, so that no address is used again
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Note a tensor, and pack it as it is, without its graph."""
+        """Record a tensor, and pack it without its graph."""
         self._saved.append((self.part, tensor.detach()))
         return tensor.detach()
 

@@ -1,8 +1,6 @@
-"""The networks that the benchmarks of whole training steps share: how each is built, its images, its batch.
+"""The networks that are trained, the ways to train them that are compared, and a network that is one mask.
 
-Two are the CIFAR forms of their networks: ResNet-18 with a 3x3 stem of stride 1 and no max-pooling, VGG-16 with the
-512-512-10 classifier in place of the one for 7x7 maps. The rest are timm's own, at less than their usual resolution so
-that a step takes seconds on one core.
+The networks are timm's own, at less than their usual resolution so that a step takes seconds on one core.
 """
 
 import dataclasses
@@ -10,22 +8,26 @@ from collections.abc import Callable
 from typing import Any
 
 import timm
+import timm.layers
 import torch
-from timm.layers.classifier import ClassifierHead
-from timm.models.vgg import ConvMlp
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rblock_fx import RBlockLoss, apply_rblock
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmarked:
-    """A network and what it is trained on.
+    """A network and its training data.
 
     Attributes:
-        create: makes it, with random weights.
+        create: returns it with random weights.
         input_size: shape of one image.
         classes: number of classes.
         batch: images in a step on a CPU.
-        last_two: its last two stages that are maps of more than one position.
+        last_two: its last two stages.
     """
 
     create: Callable[[], nn.Module]
@@ -35,43 +37,22 @@ class Benchmarked:
     last_two: tuple[str, str]
 
 
-def cifar_resnet18() -> nn.Module:
-    """ResNet-18 for 32x32 images (He et al. 2016, as CIFAR implementations widen it): 11.2 M parameters."""
-    model: Any = timm.create_model("resnet18", num_classes=10)
-    model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()
-    return model  # type: ignore[no-any-return]
-
-
-def cifar_vgg16_bn() -> nn.Module:
-    """VGG-16 with batch norm for 32x32 images, whose last map is 1x1: 15.2 M parameters."""
-    model: Any = timm.create_model("vgg16_bn", num_classes=10)
-    model.pre_logits = ConvMlp(512, 512, kernel_size=1)
-    model.head = ClassifierHead(512, 10, pool_type="avg")
-    model.num_features = model.head_hidden_size = 512
-    return model  # type: ignore[no-any-return]
-
-
-def _timm(name: str) -> Callable[[], nn.Module]:
-    return lambda: timm.create_model(name)
+def _timm(name: str, side: int, batch: int, *last_two: str) -> Benchmarked:
+    return Benchmarked(lambda: timm.create_model(name), (3, side, side), 1000, batch, last_two)
 
 
 MODELS = {
-    "resnet18": Benchmarked(cifar_resnet18, (3, 32, 32), 10, 64, ("layer3", "layer4")),
-    "resnet50": Benchmarked(_timm("resnet50"), (3, 128, 128), 1000, 16, ("layer3", "layer4")),
-    "efficientnet_b0": Benchmarked(_timm("efficientnet_b0"), (3, 128, 128), 1000, 16, ("blocks.4", "blocks.6")),
-    "convnext_atto": Benchmarked(_timm("convnext_atto"), (3, 128, 128), 1000, 16, ("stages.2", "stages.3")),
-    "vgg16_bn": Benchmarked(cifar_vgg16_bn, (3, 32, 32), 10, 64, ("features.32", "features.42")),
-    # timm's smallest, with which --quick shows that a benchmark works
-    "test_resnet": Benchmarked(_timm("test_resnet"), (3, 64, 64), 1000, 8, ("layer3", "layer4")),
+    "resnet18": _timm("resnet18", 128, 32, "layer3", "layer4"),
+    "resnet50": _timm("resnet50", 128, 16, "layer3", "layer4"),
+    "efficientnet_b0": _timm("efficientnet_b0", 128, 16, "blocks.4", "blocks.6"),
+    "convnext_atto": _timm("convnext_atto", 128, 16, "stages.2", "stages.3"),
+    "test_resnet": _timm("test_resnet", 64, 8, "layer3", "layer4"),  # timm's smallest, for --quick
 }
 STUDIED = tuple(name for name in MODELS if name != "test_resnet")
 
-
-def build(name: str) -> nn.Module:
-    """Make a network of MODELS, in train mode."""
-    return MODELS[name].create().train()
+SITES = {"R-Block, last two": "last two", "R-Block, all": "all", "R-Block, head": "head"}
+METHODS = ("plain", "DropBlock", "doubled input", "two forwards", *SITES)
+COLOURS = dict(zip(METHODS, ["#4d4d4d", "#999999", "#e08214", "#b35806", "#2166ac", "#4393c3", "#92c5de"], strict=True))
 
 
 def images_and_labels(name: str, batch: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -79,3 +60,42 @@ def images_and_labels(name: str, batch: int, device: str = "cpu") -> tuple[Tenso
     settings = MODELS[name]
     images = torch.randn(batch, *settings.input_size, device=device)
     return images, torch.randint(settings.classes, (batch,), device=device)
+
+
+def build_competitor(name: str, method: str, device: str) -> tuple[nn.Module, Loss]:
+    """The network of a method in train mode, and its loss of (network, images, labels).
+
+    R-Block is BDropDML at drop_prob 0.2 and block_size 3; at the classifier's input it is R-Drop. DropBlock is timm's,
+    at the same rate after the last two stages.
+    """
+    settings = MODELS[name]
+    model: Any = settings.create().train().to(device)
+    criterion = RBlockLoss(alpha=0.1, temperature=3.0)
+    if method in SITES:
+        sites = {"last two": list(settings.last_two)}.get(SITES[method], SITES[method])
+        kind = "r-drop" if sites == "head" else "bdropdml"
+        apply_rblock(model, sites, method=kind, drop_prob=0.2, block_size=3, input_size=settings.input_size)
+        return model, lambda model, images, labels: criterion(model(images), labels)
+    if method == "doubled input":
+        return model, lambda model, images, labels: criterion(model(torch.cat((images, images))), labels)
+    if method == "two forwards":
+        return model, lambda model, images, labels: criterion(torch.cat((model(images), model(images))), labels)
+    if method == "DropBlock":
+        for path in settings.last_two:
+            drop_block = timm.layers.DropBlock2d(0.2, block_size=3)
+            model.get_submodule(path).register_forward_hook(lambda _m, _a, output, drop=drop_block: drop(output))
+    return model, lambda model, images, labels: F.cross_entropy(model(images), labels)
+
+
+class _Identity(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = nn.Identity()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.site(x)
+
+
+def build_mask(method: str, shape: tuple[int, ...], **settings: Any) -> nn.Module:
+    """A network that is one mask for maps (N, *shape): its training forward draws the mask and applies it."""
+    return apply_rblock(_Identity(), "site", method=method, input_size=shape, **settings).train()

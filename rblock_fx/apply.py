@@ -1,6 +1,7 @@
 """apply_rblock, remove_rblock, list_sites: the order of the steps."""
 
 import itertools
+import math
 import threading
 import warnings
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from torch import nn
 from rblock_fx.checks import check_convertible, check_removable, check_settings, check_suitable, one_per_site
 from rblock_fx.converted import RBlockModel
 from rblock_fx.errors import SiteError
-from rblock_fx.masks.methods import METHODS, Mask
+from rblock_fx.masks.mask import Mask
+from rblock_fx.masks.methods import METHODS
 from rblock_fx.network.replica import weightless_copy
 from rblock_fx.network.sites import HEAD, Sites, resolve_sites
 from rblock_fx.network.stages import Site, SiteList, containers_of, find_stages
@@ -155,7 +157,11 @@ def _install(model: nn.Module, rblock: RBlock) -> None:
 def _warn_of_misfits(rblock: RBlock) -> None:
     """Warn of masks whose blocks do not fit their maps."""
     for name, mask in rblock.named_children():
-        if not isinstance(mask, Mask) or not hasattr(mask, "fit_shares"):
+        if not isinstance(mask, Mask) or not mask.has_blocks:
+            continue
+        needed = math.prod(-(-side // mask.block_size) for side in mask.map_size)
+        expected = math.prod(mask.map_size) * mask.compute_gamma(mask.map_size, mask.drop_prob)
+        if needed > 4 + 2 * expected:  # fewer blocks than that cannot cover the map, and more are too rare
             continue
         nothing, everything = mask.fit_shares()
         if everything > 0.01 or mask.covers_map:

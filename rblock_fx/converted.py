@@ -17,7 +17,7 @@ from rblock_fx.errors import ConversionError
 from rblock_fx.surgery.code import compile_function
 from rblock_fx.surgery.conversion import Conversion, Generated, RBlock
 from rblock_fx.surgery.trace import MASKS
-from rblock_fx.swap import Swapped, refuse_replaced, restore_class, unmasked
+from rblock_fx.swap import Swapped, plain_slices, refuse_replaced, restore_class, unmasked
 
 
 class RBlockModel(Swapped):
@@ -34,7 +34,7 @@ class RBlockModel(Swapped):
         for name, generated in conversion.forwards.items():
             if name != "forward":
                 members[name] = _switching_method(getattr(original, name), generated, conversion)
-        members |= {
+        members |= plain_slices(original) | {
             "forward": _switching_forward(original, conversion),
             "_rblock_original": original,
             "__module__": original.__module__,

@@ -5,7 +5,7 @@ import dataclasses
 from torch import nn
 
 from rblock_fx.converted import find_converted
-from rblock_fx.masks.methods import Mask
+from rblock_fx.masks.mask import Mask
 from rblock_fx.network.stages import Site, format_table
 
 
@@ -129,7 +129,7 @@ def describe(model: nn.Module) -> Description:
 
 def _describe_site(site: Site, masks: tuple[Mask, ...]) -> SiteDescription:
     first = masks[0]
-    nothing, everything = first.fit_shares() if hasattr(first, "fit_shares") else (0.0, 0.0)
+    nothing, everything = first.fit_shares()
     return SiteDescription(
         path=site.path,
         is_head=site.is_head,
@@ -137,7 +137,7 @@ def _describe_site(site: Site, masks: tuple[Mask, ...]) -> SiteDescription:
         channel_axis=site.channel_axis,
         drop_prob=first.drop_prob,
         block_size=first.block_size if first.has_blocks else None,
-        gamma=first.block_centre_probability(first.map_size) if first.has_blocks else None,
+        gamma=first.gamma.item() if first.has_blocks else None,
         cost_before=site.cost_before,
         forks=any(mask.forks for mask in masks),
         masks=masks,

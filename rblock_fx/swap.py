@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections import OrderedDict
 from typing import Any, ClassVar
 
 import torch
@@ -111,7 +112,20 @@ def _inlined_class(original: Any) -> Any:
 
     forward.__wrapped__ = original.forward  # type: ignore[attr-defined]
     members = {"forward": forward, "_rblock_original": original, "__module__": original.__module__}
-    return type(original.__name__, (Inlined, original), members)
+    return type(original.__name__, (Inlined, original), members | plain_slices(original))
+
+
+def plain_slices(original: Any) -> dict[str, Any]:
+    """Members of a subclass of a container whose slices are containers of their own class, without the conversion."""
+
+    def getitem(self: Any, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return original.__getitem__(self, index)
+        if issubclass(original, nn.ModuleList):
+            return nn.ModuleList(list(self._modules.values())[index])
+        return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+
+    return {"__getitem__": getitem} if issubclass(original, nn.Sequential | nn.ModuleList) else {}
 
 
 def unmasked(model: nn.Module, what: str) -> ConversionError:

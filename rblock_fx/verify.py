@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rblock_fx.converted import find_converted
 from rblock_fx.errors import SettingError, VerificationError
-from rblock_fx.masks.methods import METHODS, Mask
+from rblock_fx.masks.mask import Mask
+from rblock_fx.masks.methods import METHODS
 from rblock_fx.network.replica import copy_model, random_state_kept, tensors_in
 from rblock_fx.network.stages import format_table
 from rblock_fx.surgery.conversion import snapshot
@@ -203,7 +204,6 @@ def _measure_rates(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
 
         mask.register_forward_pre_hook(note)
     twin(images.clone())
-    is_shared = vars(twin)[MASKS].conversion.method in ("bdropdml", "sdropdml", "c-dropblock")
     checks = []
     for name, mask in masks.items():
         if not isinstance(mask, Mask):
@@ -214,7 +214,7 @@ def _measure_rates(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
         ones = torch.ones((2 * rows, *shapes[name][1:]), device=images.device)
         shares = (mask(ones) == 0).flatten(1).double().mean(1)
         seen, error = shares.mean().item(), shares.std().item() / len(shares) ** 0.5
-        asked = mask.drop_prob / 2 if is_shared else mask.drop_prob
+        asked = mask.drop_prob / 2 if mask.shares_drop_prob else mask.drop_prob
         is_exact = mask.calibration == "exact" or not mask.has_blocks
         if is_exact and abs(seen - asked) > 6 * error + 0.01:
             raise VerificationError(

@@ -21,6 +21,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
+def pytest_report_header():
+    """Name the families of test_zoo.py whose outputs are compared in this run."""
+    from tests.zoo_families import draw_families, read_commit
+
+    commit = read_commit()
+    return f"zoo families compared at {commit[:10]}: {', '.join(sorted(draw_families(commit)))}"
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

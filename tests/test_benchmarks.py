@@ -1,68 +1,64 @@
-"""Every benchmark runs, quickly, as its users run it: JSON, table, picture, --show, --help. Nothing here is timed."""
+"""Every benchmark runs quickly from its command line, in this process; no time that it measures is judged."""
 
 import contextlib
-import importlib.util
+import io
 import json
 import math
-import os
-import runpy
-import subprocess
-import sys
-from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
 
-from benchmarks import bench_step, harness, readme
+from benchmarks import bench_masks, bench_rate, harness, models, readme
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = ["rate", "convert", "masks", "step", "profile"]
-SHARED_OPTIONS = ["--help", "--quick", "--rounds", "--threads", "--seed", "--device", "--output", "--show"]
+SCRIPTS = {script.__name__.rpartition("_")[2]: script for script in readme.MEASURED}
+SHARED_OPTIONS = ["--quick", "--rounds", "--threads", "--seed", "--device", "--output", "--show"]
 OPTIONS = {
-    "rate": ["--standard-error"],
-    "convert": ["--models"],
-    "masks": ["--dtypes", "--channels_last"],
-    "profile": ["--dtypes"],
-    "step": ["--models", "--modes", "--methods", "--batch", "--channels_last", "--autocast"],
+    "rate": [],
+    "convert": ["--models", "--keep"],
+    "masks": ["--dtypes", "--keep"],
+    "memory": ["--models", "--batch", "--keep"],
+    "step": ["--models", "--modes", "--methods", "--batch", "--channels_last", "--autocast", "--keep"],
 }
+EXTRA = {"step": ["--modes", "eager", "compiled"]}
 
 
-def run(script, *arguments):
-    """What a benchmark prints, started as the README says."""
-    command = [sys.executable, f"benchmarks/bench_{script}.py", *map(str, arguments)]
-    # The package that is tested here, should another be installed.
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": paths}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def run_here(script, monkeypatch, capsys, *arguments):
-    """The same in this process, which has imported everything: for what measures nothing."""
-    path = ROOT / "benchmarks" / f"bench_{script}.py"
-    monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
-    monkeypatch.syspath_prepend(path.parent)
-    capsys.readouterr()
-    with contextlib.suppress(SystemExit):
-        runpy.run_path(str(path), run_name="__main__")
-    return capsys.readouterr().out
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """Run each benchmark at most once: its file and what it printed."""
+    """Run each benchmark at most once: its file and its output."""
     known = {}
+    compile_real = torch.compile
 
-    def quick_run(script):
-        if script not in known:
-            path = tmp_path_factory.mktemp(script) / f"{script}.json"
-            known[script] = path, run(script, "--quick", "--threads", 1, "--device", "cpu", "--output", path)
-        return known[script]
+    def compile_graphs(network, **options):
+        assert options["fullgraph"]
+        return compile_real(network, **options, backend="eager")  # the compiler itself is tested in test_compile.py
 
-    return quick_run
+    def run_quickly(name):
+        if name not in known:
+            path = tmp_path_factory.mktemp(name) / f"{name}.json"
+            arguments = ["--quick", "--threads", "1", "--device", "cpu", "--output", str(path), *EXTRA.get(name, [])]
+            with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+                patch.setattr(torch, "compile", compile_graphs)
+                SCRIPTS[name].main(arguments)
+            known[name] = path, printed.getvalue()
+        return known[name]
+
+    return run_quickly
+
+
+def rows_of(path):
+    return json.loads(path.read_text())["rows"]
+
+
+def committed(name):
+    return rows_of(harness.RESULTS / f"{name}-cpu.json")
 
 
 def numbers_in(value):
@@ -74,187 +70,182 @@ def numbers_in(value):
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_result_file_says_what_was_measured_and_where(script, quick):
-    path, _ = quick(script)
-    result = json.loads(path.read_text())
-    assert result["benchmark"] == script
-    assert f"benchmarks/bench_{script}.py --quick" in result["command"]
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_result_file_records_environment_and_finite_numbers(name, quick):
+    result = json.loads(quick(name)[0].read_text())
+    assert result["benchmark"] == name
+    assert f"benchmarks/bench_{name}.py --quick" in result["command"]
     environment = result["environment"]
     assert set(environment["versions"]) == {"python", "torch", "torchvision", "timm", "rblock_fx"}
     assert environment["threads"] == 1
     assert environment["device"] == "cpu"
-    assert environment["options"]["seed"] == 0
     assert environment["options"]["quick"] is True
     assert {"commit", "cpu", "cores", "platform"} <= set(environment)
-    assert result["seconds"] > 0
-    assert result["rows"]
     numbers = numbers_in(result["rows"])
-    assert len(numbers) >= len(result["rows"])
+    assert len(numbers) >= len(result["rows"]) > 0
     assert all(map(math.isfinite, numbers))
 
 
-def test_compiled_steps_are_measured_like_eager_ones(tmp_path, monkeypatch):
-    real, seen = torch.compile, []
-
-    def graphs_alone(network, **options):  # the compiler itself takes minutes; test_compile.py has it
-        seen.append(options)
-        return real(network, **options, backend="eager")
-
-    monkeypatch.setattr(torch, "compile", graphs_alone)
-    path = tmp_path / "step.json"
-    bench_step.main(["--quick", "--modes", "compiled", "--threads", "1", "--device", "cpu", "--output", str(path)])
-    rows = json.loads(path.read_text())["rows"]
-    assert [(row["mode"], row["method"]) for row in rows] == [
-        ("compiled", method) for method in ("plain", "two forwards", "R-Block, last two")
-    ]
-    assert len(seen) == len(rows)
-    assert all(options["fullgraph"] for options in seen)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_picture_shows_something(script, quick):
-    path, _ = quick(script)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_show_prints_the_same_and_draws_a_figure(name, quick, capsys):
+    path, printed = quick(name)
+    before = path.read_bytes()
+    path.with_suffix(".png").unlink()
+    SCRIPTS[name].main(["--show", str(path)])
+    assert capsys.readouterr().out == printed
+    assert path.read_bytes() == before
     pixels = matplotlib.image.imread(path.with_suffix(".png"))
-    height, width, _ = pixels.shape
-    assert min(height, width) >= 400
-    assert pixels[..., :3].std() > 0.05
+    assert min(pixels.shape[:2]) >= 400
     assert (pixels[..., :3] < 0.5).any(axis=2).sum() > 2000  # ink, not a blank page
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_show_prints_the_same_table_without_measuring(script, quick, monkeypatch, capsys):
-    path, printed = quick(script)
-    before = path.read_bytes()
-    path.with_suffix(".png").unlink()
-    assert run_here(script, monkeypatch, capsys, "--show", path) == printed
-    assert path.read_bytes() == before
-    assert path.with_suffix(".png").exists()
-    table, _, written = printed.rstrip().rpartition("\n\n")
-    assert str(path) in written
-    assert table.count("\n") >= len(json.loads(before)["rows"]) / 5  # a line may hold a row per competitor
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_names_every_option_and_the_commands(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        SCRIPTS[name].main(["--help"])
+    text = capsys.readouterr().out
+    assert [option for option in [*SHARED_OPTIONS, *OPTIONS[name]] if option not in text] == []
+    assert f"python benchmarks/bench_{name}.py --quick" in text
+    assert f"benchmarks/results/{name}-" in text
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_every_option_and_the_commands(script, monkeypatch, capsys):
-    text = run_here(script, monkeypatch, capsys, "--help")
-    missing = [option for option in [*SHARED_OPTIONS, *OPTIONS.get(script, [])] if option not in text]
-    assert missing == []
-    assert f"python benchmarks/bench_{script}.py --quick" in text
-    assert f"benchmarks/results/{script}-" in text
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("masks", ["--dtypes", "float8"], "argument --dtypes: invalid choice: 'float8'"),
+        ("step", ["--device", "tpu"], "argument --device: expected cpu or cuda, got 'tpu'"),
+        ("step", ["--device", "cuda:99"], "argument --device: cuda:99: this machine has"),
+        ("memory", ["--batch", "0"], "argument --batch: expected a whole number of at least 1, got '0'"),
+        ("rate", ["--output", "rate.png"], "argument --output: expected a name that ends in .json, got 'rate.png'"),
+        (
+            "convert",
+            ["--models", "resnet50"],
+            "argument --models: expected timm/NAME or torchvision/NAME, got 'resnet50'",
+        ),
+        ("rate", ["--show", "absent.json"], "absent.json: No such file or directory"),
+        ("rate", ["--show", "README.md"], "README.md is not a JSON file"),
+        ("rate", ["--show", "benchmarks/results/step-cpu.json"], "step-cpu.json is not a result of bench_rate.py"),
+    ],
+)
+def test_wrong_options_end_in_one_line(name, arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(readme.ROOT)
+    with pytest.raises(SystemExit, match="2"):
+        SCRIPTS[name].main(arguments)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
 
 
-def rates(path):
-    """The first table of bench_rate.py: (library, map, block size, rate asked) and the row."""
-    rows = [row for row in json.loads(path.read_text())["rows"] if row["table"] == "rate"]
-    return {(row["library"], tuple(row["map"]), row["block_size"], row["asked"]): row for row in rows}
-
-
-def test_ours_reaches_the_rate_asked_for(quick):
-    ours = {key: row for key, row in rates(quick("rate")[0]).items() if key[0] == "rblock_fx exact"}
-    assert len(ours) == 4 * 2 * 2
-    for (_, _, _, asked), row in ours.items():
-        assert abs(row["reached"] - asked) <= 0.002 + 4 * row["standard_error"]
-        assert row["standard_error"] <= 0.003
-        assert abs(row["expected"] - asked) < 1e-9
-        assert abs(row["expected_float32"] - asked) < 1e-5
-
-
-def test_the_other_libraries_are_as_far_off_as_the_design_says(quick):
-    found = rates(quick("rate")[0])
-    for library, shape, block_size, asked, reached in [
-        ("timm", (7, 7), 7, 0.1, 0.930),
-        ("timm", (14, 14), 7, 0.1, 0.209),
-        ("torchvision", (7, 7), 7, 0.1, 0.100),
-        ("torchvision", (14, 14), 7, 0.1, 0.093),
-        ("rblock_fx eq6", (7, 7), 7, 0.1, 0.055),
-        ("rblock_fx eq6", (14, 14), 7, 0.1, 0.074),
-    ]:
-        row = found[library, shape, block_size, asked]
-        assert abs(row["reached"] - reached) <= 0.002 + 4 * row["standard_error"]
-    assert abs(found["timm", (7, 7), 7, 0.1]["reached"] - 0.1) > 0.5
-
-
-def test_what_raises_is_in_the_file_with_its_message(quick):
-    path, printed = quick("rate")
-    row = rates(path)["torchvision", (4, 4), 7, 0.1]
-    assert row["reached"] is None
-    assert "block size should be odd" in row["raises"]
-    assert row["raises"] in printed
-
-
-def test_the_sub_models_of_every_method_drop_what_they_should(quick):
-    rows = [row for row in json.loads(quick("rate")[0].read_text())["rows"] if row["table"] == "method"]
-    assert len(rows) == 10
-    for row in rows:
-        for part in ("sub_model_1", "sub_model_2"):
-            assert abs(row[part] - row["expected_each"]) <= 0.002 + 4 * row[f"{part}_error"], (row["method"], part)
-        if row["expected_union"] is not None:
-            assert abs(row["union"] - row["expected_union"]) <= 0.002 + 4 * row["union_error"], row["method"]
-        if row["method"] in ("bdropdml", "sdropdml", "c-dropblock", "c-drop"):
-            assert row["overlap"] == 0
-
-
-def test_the_rates_in_the_repository_keep_the_bar():
-    found = rates(ROOT / "benchmarks" / "results" / "rate-cpu.json")
-    ours = {key: row for key, row in found.items() if key[0] == "rblock_fx exact"}
-    assert len(ours) >= 100
-    assert [key for key, row in ours.items() if abs(row["reached"] - key[3]) > 0.002] == []
-    assert [key for key, row in ours.items() if abs(row["expected"] - key[3]) > 1e-9] == []
-    assert max(row["standard_error"] for row in found.values() if row["reached"] is not None) < 0.002
-
-
-def test_every_conversion_has_its_baselines(quick):
-    rows = json.loads(quick("convert")[0].read_text())["rows"]
-    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("model", "growth", "cold", "meta")}
-    assert all(kinds.values())
-    assert sum(map(len, kinds.values())) == len(rows)
-    for row in [*kinds["model"], *kinds["growth"]]:
-        assert row["parameters"] > 0
-        assert row["modules"] > len(row["sites"]) > 0
-        for what in ("convert", "build", "forward"):
-            assert row[f"{what}_seconds"]["median"] > 0
-    deeper = [row["modules"] for row in kinds["growth"] if row["axis"] == "depth"]
-    wider = [(row["modules"], row["parameters"]) for row in kinds["growth"] if row["axis"] == "width"]
-    assert deeper == sorted(set(deeper))
-    assert len({modules for modules, _ in wider}) == 1
-    assert len({parameters for _, parameters in wider}) == len(wider)
-
-
-def test_the_exponent_of_a_power_law_is_found(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("convert_report", ROOT / "benchmarks" / "convert_report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
-    factor, exponent = report.power_law([1, 2, 4, 8], [0.5 * x**0.75 for x in (1, 2, 4, 8)])
-    assert factor == pytest.approx(0.5)
-    assert exponent == pytest.approx(0.75)
-
-
-def test_the_readme_shows_the_result_files():
-    text = readme.README.read_text()
-    assert readme.fill(text, list(readme.TABLES)) == text
-    for name in readme.TABLES:
-        assert f"python benchmarks/bench_{name}.py" in text
-        environment = json.loads((readme.RESULTS / f"{name}-cpu.json").read_text())["environment"]
-        assert environment["versions"]["torch"]
-        assert (readme.RESULTS / f"{name}-cpu.png").stat().st_size > 10_000
-
-
-def test_kept_rows_are_those_that_were_not_measured_anew(tmp_path):
+def test_keep_replaces_only_measured_rows(tmp_path):
     path = tmp_path / "steps.json"
     for model, seconds in [("a", 1), ("b", 2), ("a", 3)]:
-        parser = harness.command_line("steps", None)
-        rows = [{"model": model, "seconds": seconds}]
         harness.run(
             "steps",
-            parser,
-            lambda _options, rows=rows: rows,
+            harness.command_line("steps", None),
+            lambda _options, row={"model": model, "seconds": seconds}: [row],
             lambda rows: f"{len(rows)} rows",
             lambda _rows, path: path.write_bytes(b""),
-            ["--keep", "--threads", str(torch.get_num_threads()), "--output", str(path)],
+            ["--keep", "--threads", "1", "--output", str(path)],
             key=["model"],
         )
     result = json.loads(path.read_text())
     assert result["rows"] == [{"model": "b", "seconds": 2}, {"model": "a", "seconds": 3}]
     assert [run["environment"]["versions"]["torch"] for run in result["earlier_runs"]] == [torch.__version__] * 2
+
+
+def test_readme_shows_the_result_files():
+    text = readme.README.read_text()
+    assert readme.fill(text) == text
+    for name in SCRIPTS:
+        assert f"python benchmarks/bench_{name}.py" in text
+        assert (harness.RESULTS / f"{name}-cpu.png").stat().st_size > 10_000
+
+
+def test_steps_are_measured_eager_and_compiled(quick):
+    rows = rows_of(quick("step")[0])
+    methods = ("plain", "two forwards", "R-Block, last two")
+    assert [(row["mode"], row["method"]) for row in rows] == [(m, n) for m in ("eager", "compiled") for n in methods]
+    assert [row["flops_over_plain"] for row in rows if row["method"] == "two forwards"] == [2, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_operations_draw_a_pair_in_every_step(dtype):
+    x = torch.ones(16, 8, 9, 9, dtype=dtype)
+    gamma = 0.05
+    first, second = bench_masks.fork_in_plain_operations(x, gamma).chunk(2)
+    assert not ((first == 0) & (second == 0)).any()
+    blocks = (first == 0) | (second == 0)
+    assert torch.equal(blocks, blocks[:, :1].expand_as(blocks))
+    assert float(blocks.float().mean()) == pytest.approx(bench_rate.coverage(gamma, (9, 9), 3), abs=0.1)
+    assert first.float().mean((1, 2, 3)).allclose(torch.ones(16), atol=1e-2)
+    assert not torch.equal(first, bench_masks.fork_in_plain_operations(x, gamma)[:16])
+
+
+def test_every_mask_is_compared_with_every_competitor(quick):
+    rows = rows_of(quick("masks")[0])
+    assert len(rows) == 4
+    for row in rows:
+        assert set(row["seconds"]) == {"cat", *bench_masks.COMPETITORS}
+        assert (
+            set(row["over_cat"]) == set(row["over_eager"]) == set(row["over_compiled"]) == set(bench_masks.COMPETITORS)
+        )
+
+
+def test_exact_calibration_reaches_the_requested_rate(quick):
+    ours = [row for row in rows_of(quick("rate")[0]) if row["library"] == bench_rate.EXACT]
+    assert len(ours) == 4 * 2 * 2
+    for row in ours:
+        assert abs(row["reached"] - row["asked"]) <= 0.002 + 4 * row["standard_error"]
+        assert row["standard_error"] <= 0.003
+        assert abs(row["expected"] - row["asked"]) < 1e-9
+
+
+def test_other_libraries_miss_the_rate_as_recorded(quick):
+    found = bench_rate.cells_of(rows_of(quick("rate")[0]))
+    for library, shape, reached in [
+        ("timm", (7, 7), 0.930),
+        ("timm", (14, 14), 0.209),
+        ("torchvision", (7, 7), 0.100),
+        ("torchvision", (14, 14), 0.093),
+        ("rblock_fx eq6", (7, 7), 0.055),
+        ("rblock_fx eq6", (14, 14), 0.074),
+    ]:
+        row = found[shape, 7, 0.1][library]
+        assert abs(row["reached"] - reached) <= 0.002 + 4 * row["standard_error"]
+
+
+def test_errors_of_libraries_are_recorded(quick):
+    path, printed = quick("rate")
+    row = bench_rate.cells_of(rows_of(path))[(4, 4), 7, 0.1]["torchvision"]
+    assert row["reached"] is None
+    assert "block size should be odd" in row["raises"]
+    assert row["raises"] in printed
+
+
+def test_committed_rates_are_within_the_tolerance():
+    ours = [row for row in committed("rate") if row["library"] == bench_rate.EXACT]
+    assert len(ours) >= 100
+    assert [row for row in ours if abs(row["reached"] - row["asked"]) > bench_rate.TOLERANCE] == []
+    assert [row for row in ours if abs(row["expected"] - row["asked"]) > 1e-9] == []
+
+
+def test_conversions_are_compared_with_build_and_forward(quick):
+    rows = rows_of(quick("convert")[0])
+    assert len(rows) == 4
+    for row in rows:
+        assert row["parameters"] > row["modules"] > len(row["sites"]) > 0
+        assert all(row[f"{kind}_seconds"]["median"] > 0 for kind in ("convert", "build", "forward"))
+
+
+def test_memory_is_ordered_as_its_definitions_say(quick):
+    rows = rows_of(quick("memory")[0])
+    assert [row["method"] for row in rows] == list(models.METHODS)
+    assert all(row["rest"] + row["activations"] <= row["peak"] <= row["allocator"] for row in rows)
+
+
+def test_committed_memory_is_within_five_percent_of_ideal():
+    rows = [row for row in committed("memory") if "ideal_peak" in row]
+    assert {row["model"] for row in rows} == set(models.STUDIED)
+    assert max(row["peak"] / row["ideal_peak"] for row in rows) <= 1.05
+    assert max(row["activations"] / row["ideal_activations"] for row in rows) <= 1.05

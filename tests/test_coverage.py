@@ -1,14 +1,13 @@
 import itertools
 
-import numpy as np
 import pytest
 import scipy.optimize
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rblock_fx.coverage import block_centre_probability, compiled_block_centre_probability, coverage
 from rblock_fx.errors import SettingError
+from rblock_fx.masks.coverage import block_centre_probability, coverage
 from tests.oracles import coverage_by_enumeration, coverage_by_simulation, eq8, eq18, eq19
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
@@ -24,7 +23,7 @@ def test_coverage_is_equation_8_wherever_it_holds(case, gamma):
 
 
 @given(shapes, blocks, gammas)
-def test_coverage_is_the_enumerated_expectation_on_every_map(shape, block_size, gamma):
+def test_coverage_is_the_enumerated_expectation(shape, block_size, gamma):
     assert coverage(gamma, shape, block_size) == pytest.approx(
         coverage_by_enumeration(gamma, shape, block_size), abs=1e-12
     )
@@ -33,7 +32,7 @@ def test_coverage_is_the_enumerated_expectation_on_every_map(shape, block_size, 
 @given(shapes, blocks, drop_probs)
 def test_gamma_inverts_coverage(shape, block_size, drop_prob):
     gamma = block_centre_probability(drop_prob, shape, block_size)
-    assert 0 <= gamma <= drop_prob
+    assert 0 <= gamma <= drop_prob + 1e-15
     assert coverage(gamma, shape, block_size) == pytest.approx(drop_prob, abs=1e-12)
 
 
@@ -71,7 +70,7 @@ def test_equation_20_orders_the_three_rates(case, gamma):
         ((4, 5, 6), 3, 0.2),
     ],
 )
-def test_the_rate_asked_for_is_the_rate_simulated(shape, block_size, drop_prob):
+def test_simulated_coverage_is_the_requested_rate(shape, block_size, drop_prob):
     gamma = block_centre_probability(drop_prob, shape, block_size)
     mean, error = coverage_by_simulation(gamma, shape, block_size, draws=4000, seed=1)
     assert abs(mean - drop_prob) < 4 * error
@@ -87,7 +86,7 @@ def test_the_rate_asked_for_is_the_rate_simulated(shape, block_size, drop_prob):
         ((32, 32), 3, 0.5, 0.388),
     ],
 )
-def test_equation_6_falls_short_as_the_design_says(shape, block_size, drop_prob, reached):
+def test_eq6_reaches_the_rates_of_the_design(shape, block_size, drop_prob, reached):
     gamma = block_centre_probability(drop_prob, shape, block_size, "eq6")
     assert gamma == drop_prob / block_size**2
     assert coverage(gamma, shape, block_size) == pytest.approx(reached, abs=6e-4)
@@ -102,20 +101,29 @@ def test_equation_7(case, drop_prob):
     assert block_centre_probability(drop_prob, (m, n), b, "eq7") == pytest.approx(expected, rel=1e-12)
 
 
-def test_equation_7_has_no_value_on_a_map_smaller_than_a_block():
-    with pytest.raises(SettingError, match=r"eq7.*block_size=7 on a map of 4x9.*calibration='exact'"):
+def test_eq7_rejects_maps_smaller_than_a_block():
+    with pytest.raises(SettingError, match=r"eq7' needs.*block_size=7 on a map of 4x9. Use calibration='exact'"):
         block_centre_probability(0.1, (4, 9), 7, "eq7")
 
 
-def test_newton_on_tensors_agrees_with_bisection():
-    cases = itertools.product(
-        [(1, 1), (3, 5), (7, 7), (14, 14), (112, 112), (9,), (4, 5, 6)], [1, 3, 7], [0.0, 0.01, 0.2, 0.5, 0.9, 0.99]
-    )
+@pytest.mark.parametrize("kind", [float, torch.float64])
+def test_newton_reaches_coverage_in_288_cases(kind):
     errors = []
-    for shape, block_size, drop_prob in cases:
-        for calibration in ("exact", "eq6"):
-            expected = block_centre_probability(drop_prob, shape, block_size, calibration)
-            got = compiled_block_centre_probability(torch.tensor(drop_prob), shape, block_size, calibration).item()
-            errors.append(abs(coverage(max(got, 0.0), shape, block_size) - coverage(expected, shape, block_size)))
-    assert len(errors) == 7 * 3 * 6 * 2
-    assert np.max(errors) < 2e-6
+    for shape, block_size, drop_prob in itertools.product(
+        [(1, 1), (3, 5), (7, 7), (14, 14), (56, 56), (112, 112), (9,), (4, 5, 6)],
+        [1, 3, 7, 9],
+        [0.0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.5, 0.9, 0.99],
+    ):
+        rate = drop_prob if kind is float else torch.tensor(drop_prob, dtype=kind)
+        gamma = float(block_centre_probability(rate, shape, block_size))
+        errors.append(abs(coverage(gamma, shape, block_size) - drop_prob))
+    assert len(errors) == 288
+    assert max(errors) < 1e-15
+
+
+@given(shapes, blocks, drop_probs, st.sampled_from(["exact", "eq6"]))
+def test_gamma_of_a_float32_tensor_is_the_hosts(shape, block_size, drop_prob, calibration):
+    rate = torch.tensor(drop_prob)
+    got = block_centre_probability(rate, shape, block_size, calibration)
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(block_centre_probability(rate.item(), shape, block_size, calibration), rel=2e-7)

@@ -4,11 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rblock_fx import apply_rblock
-from rblock_fx.functional import _in_one_expression, dilate, fork_and_mask, kept_scale, mask_parts
-from rblock_fx.masks import BDropDML
+from rblock_fx.masks.functional import _mask_in_one_expression, dilate, fork_and_mask, kept_scale, mask_parts
+from rblock_fx.masks.methods import BDropDML
 from tests.oracles import Maps, recorded_masks
 
 seeds = st.integers(0, 2**31)
+layouts = st.sampled_from(["channels outside", "channels inside", "gaps"])
 
 # float32 sums of two terms that may cancel, against float64.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -18,7 +19,7 @@ def factors(seed, parts_channel, parts_spatial, rows, channels, size):
     generator = torch.Generator().manual_seed(seed)
     ones = [1] * len(size)
     channel = torch.rand((parts_channel, rows, channels, *ones), generator=generator) < 0.5
-    spatial = (torch.rand((parts_spatial, rows, 1, *size), generator=generator) < 0.3).float()
+    spatial = torch.rand((parts_spatial, rows, 1, *size), generator=generator) < 0.3
     scale = kept_scale(channel, spatial).expand(2, rows, 1, *ones)
     return channel, spatial, scale
 
@@ -44,7 +45,7 @@ cases = st.tuples(
     st.integers(1, 5),
     st.integers(1, 6),
     st.lists(st.integers(1, 6), min_size=1, max_size=3),
-    st.sampled_from(["channels outside", "channels inside", "gaps"]),
+    layouts,
     st.sampled_from([fork_and_mask, mask_parts]),
 )
 
@@ -65,20 +66,20 @@ def check_against_dense(operation, function, x, channel, spatial, scale, seed):
 
 
 @given(cases)
-def test_an_operation_is_each_mask_times_its_half(case):
+def test_each_part_is_multiplied_by_its_mask(case):
     seed, parts, rows, channels, size, layout, operation = case
     x = laid_out((rows if operation is fork_and_mask else 2 * rows, channels, *size), layout, seed)
     check_against_dense(operation, operation, x, *factors(seed, *parts, rows, channels, size), seed)
 
 
 @given(cases)
-def test_what_a_compiler_sees_is_the_same(case):
+def test_the_compiled_expression_is_the_same_operation(case):
     seed, parts, rows, channels, size, layout, operation = case
     x = laid_out((rows if operation is fork_and_mask else 2 * rows, channels, *size), layout, seed)
     name = "fork" if operation is fork_and_mask else "keep"
 
     def expression(x, *all_factors):
-        return _in_one_expression(x, *all_factors, name)
+        return _mask_in_one_expression(x, *all_factors, name)
 
     check_against_dense(operation, expression, x, *factors(seed, *parts, rows, channels, size), seed)
 
@@ -87,7 +88,7 @@ def test_what_a_compiler_sees_is_the_same(case):
 def test_activations_dropped_one_by_one(seed, rows, channels, size, channels_inside):
     generator = torch.Generator().manual_seed(seed)
     dropped = torch.rand((2, rows, channels, *size), generator=generator) < 0.4
-    everywhere = torch.ones((1, rows, 1, *(1 for _ in size)))
+    everywhere = torch.ones((1, rows, 1, *(1 for _ in size)), dtype=torch.bool)
     scale = torch.full((2, rows, 1, *(1 for _ in size)), 1.25)
     x = laid_out((rows, channels, *size), "channels inside" if channels_inside else "", seed)
     check_against_dense(fork_and_mask, fork_and_mask, x, dropped, everywhere, scale, seed)
@@ -110,10 +111,10 @@ def test_the_gradient_of_ones_is_the_sum_of_the_masks():
     torch.testing.assert_close(x.grad, masks["stage"].unflatten(0, (2, 4)).sum(0))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 700])
-def test_the_cpu_chunks_make_no_difference(rows):
-    channel, spatial, scale = factors(1, 2, 1, rows, 8, [5, 5])
-    x = torch.randn(rows, 8, 5, 5)
+@pytest.mark.parametrize(("rows", "channels", "size"), [(0, 8, 5), (1, 8, 5), (3, 8, 5), (1500, 8, 5), (2, 24, 130)])
+def test_chunks_and_groups_of_rows_make_no_difference(rows, channels, size):
+    channel, spatial, scale = factors(1, 2, 1, rows, channels, [size, size])
+    x = torch.randn(rows, channels, size, size)
     expected = torch.cat((x, x)).double() * dense(channel, spatial, scale)
     torch.testing.assert_close(fork_and_mask(x, channel, spatial, scale).double(), expected)
 
@@ -143,7 +144,7 @@ def test_the_memory_format_stays(memory_format):
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("forks", [True, False])
 @pytest.mark.parametrize("channel_axis", [1, -1])
-def test_what_comes_out_may_be_changed_in_place(memory_format, forks, channel_axis):
+def test_the_output_may_be_changed_in_place(memory_format, forks, channel_axis):
     mask = BDropDML(0.2, 3, "exact", (8, 8, 8), channel_axis, forks=forks)
     x = torch.randn(4, 8, 8, 8).to(memory_format=memory_format).requires_grad_()
     gradients = []
@@ -171,3 +172,27 @@ def test_dilate_grows_each_centre_to_a_clipped_cube(block_size, size, seed):
     for n, _, *position in centres.nonzero().tolist():
         expected[(n, 0, *(slice(max(i - k, 0), i + k + 1) for i in position))] = True
     assert torch.equal(grown, expected)
+
+
+@given(seeds, st.integers(1, 3), st.integers(1, 5), st.lists(st.integers(1, 5), min_size=1, max_size=3), layouts)
+def test_any_number_of_copies_forks_and_joins(seed, parts, channels, size, layout):
+    generator = torch.Generator().manual_seed(seed)
+    ones = [1] * len(size)
+    channel = torch.rand((parts, 2, channels, *ones), generator=generator) < 0.5
+    spatial = torch.rand((1, 2, 1, *size), generator=generator) < 0.3
+    scale = 1 + torch.rand((parts, 2, 1, *ones), generator=generator)
+    masks = dense(channel, spatial, scale)
+    x = laid_out((2, channels, *size), layout, seed)
+    output = fork_and_mask(x, channel, spatial, scale)
+    torch.testing.assert_close(output.double(), torch.cat([x] * parts).double() * masks)
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    torch.testing.assert_close(gradient.double(), masks.unflatten(0, (parts, 2)).sum(0), **CLOSE)
+
+
+@given(seeds, st.integers(1, 6), st.lists(st.integers(1, 6), min_size=1, max_size=3))
+def test_kept_scale_is_one_over_the_kept_share(seed, channels, size):
+    channel, spatial, _ = factors(seed, 2, 1, 4, channels, size)
+    kept = 1 - (channel & spatial).flatten(2).double().mean(2)
+    scale = kept_scale(channel, spatial).flatten(1).double()
+    assert torch.isfinite(scale).all()
+    torch.testing.assert_close(scale[kept > 0], 1 / kept[kept > 0], rtol=1e-6, atol=0)

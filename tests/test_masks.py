@@ -6,10 +6,12 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from rblock_fx import apply_rblock, set_drop_prob, split_pair
-from rblock_fx.coverage import coverage
-from rblock_fx.functional import _chunk_by_chunk
-from rblock_fx.masks import METHODS, Mask
+from rblock_fx.masks.coverage import coverage
+from rblock_fx.masks.functional import _mask_in_chunks
+from rblock_fx.masks.methods import METHODS, Mask
 from tests.oracles import Maps, opened
+
+pytestmark = pytest.mark.filterwarnings("error:An output with one or more elements was resized")
 
 ISSUE_SHAPES = [((64, 32, 32), 3), ((16, 7, 7), 7), ((8, 4, 4), 3), ((8, 3, 5), 3), ((8, 1, 1), 3)]
 COMPLEMENTARY = ["bdropdml", "sdropdml", "c-dropblock"]
@@ -32,14 +34,14 @@ def draw_masks(method, shape, drop_prob, block_size=3, rows=8, seed=0, **options
     return split_pair(output) if METHODS[method].parts == 2 else (output,)
 
 
-def test_every_method_is_in_one_of_the_groups_tested_here():
+def test_every_method_is_in_a_group_tested_here():
     assert sorted(NORMALISED + UNITS) == sorted(METHODS)
 
 
 @given(spatial, st.integers(1, 9), rates, block_sizes, seeds, st.sampled_from(COMPLEMENTARY))
-def test_what_both_sub_models_drop_is_disjoint(size, channels, drop_prob, block_size, seed, method):
+def test_the_two_dropped_sets_are_disjoint(size, channels, drop_prob, block_size, seed, method):
     first, second = draw_masks(method, (channels, *size), drop_prob, block_size, seed=seed)
-    # A sample of which nothing is kept is all zero, dropped or not; of a kept sample zeros are the dropped ones.
+    # A sample that keeps nothing is all zero, dropped or not; of a kept sample zeros are the dropped ones.
     assert not ((first == 0) & (second == 0)).any()
 
 
@@ -68,7 +70,7 @@ def test_sdropdml_drops_whole_channels_between_the_two(size, channels, drop_prob
     assert (union.all(2) == union.any(2)).all()
 
 
-def test_sdropdml_gives_the_blocks_to_sub_model_1_and_the_rest_to_2():
+def test_sdropdml_drops_blocks_in_1_and_the_rest_in_2():
     first, second = draw_masks("sdropdml", (1, 12, 12), 0.9, rows=64)
     split = [n for n in range(64) if (first[n] == 0).any() and (second[n] == 0).any()]
     assert len(split) > 40
@@ -100,7 +102,7 @@ def test_each_sample_is_normalised_on_its_own(size, channels, drop_prob, block_s
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_sample_of_which_nothing_is_kept_is_zero(dtype):
+def test_a_sample_that_keeps_nothing_is_zero(dtype):
     model = apply_rblock(Maps(), "stage", method="dropblock", drop_prob=0.9, input_size=(300, 1, 1)).train()
     output = model(torch.ones(200, 300, 1, 1, dtype=dtype))
     empty = (output == 0).flatten(1).all(1)
@@ -133,7 +135,7 @@ def test_the_two_draws_of_r_methods_are_independent(method):
 @pytest.mark.parametrize(("shape", "block_size"), ISSUE_SHAPES)
 @pytest.mark.parametrize("drop_prob", [0.05, 0.2, 0.6])
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "c-drop"])
-def test_the_rate_asked_for_is_the_rate_that_happens(shape, block_size, drop_prob, method):
+def test_the_realised_rate_is_the_requested_rate(shape, block_size, drop_prob, method):
     share = drop_prob / 2 if method in COMPLEMENTARY else drop_prob
     for half in draw_masks(method, shape, drop_prob, block_size, rows=600):
         dropped = (half == 0).flatten(1).double().mean(1)
@@ -142,7 +144,7 @@ def test_the_rate_asked_for_is_the_rate_that_happens(shape, block_size, drop_pro
 
 
 @pytest.mark.parametrize("calibration", ["eq6", "eq7"])
-def test_the_papers_calibrations_reach_what_they_reach(calibration):
+def test_the_papers_calibrations_set_gamma(calibration):
     shape, block_size, drop_prob = (4, 14, 14), 7, 0.1
     model = apply_rblock(
         Maps(), "stage", drop_prob=drop_prob, block_size=block_size, calibration=calibration, input_size=shape
@@ -156,7 +158,7 @@ def test_the_papers_calibrations_reach_what_they_reach(calibration):
 
 
 @pytest.mark.parametrize("method", ["bdropdml", "sdropdml", "dropblock"])
-def test_images_of_another_size_get_the_rate_asked_for(method):
+def test_other_map_sizes_get_the_requested_rate(method):
     model = apply_rblock(Maps(), "stage", method=method, drop_prob=0.3, block_size=5, input_size=(8, 16, 16)).train()
     output = model(torch.ones(1000, 8, 4, 6))
     expected = 0.3 if method == "dropblock" else 0.15
@@ -187,7 +189,7 @@ def test_samples_differ(method):
         assert len({sample.numpy().tobytes() for sample in half == 0}) > 4
 
 
-def test_gamma_is_a_zero_dim_buffer_that_no_checkpoint_holds():
+def test_gamma_is_a_zero_dim_buffer_outside_checkpoints():
     model = apply_rblock(Maps(), "stage", input_size=(8, 9, 9))
     mask = model.rblock.stage
     assert isinstance(mask, Mask)
@@ -200,7 +202,7 @@ def test_gamma_is_a_zero_dim_buffer_that_no_checkpoint_holds():
 
 
 @pytest.mark.parametrize("convert", [torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.double])
-def test_gamma_stays_float32_when_the_model_changes_its_dtype(convert):
+def test_gamma_stays_float32_when_the_model_is_cast(convert):
     model = apply_rblock(Maps(), "stage", drop_prob=0.1, input_size=(8, 9, 9))
     before = model.rblock.stage.gamma.item()
     convert(model)
@@ -215,7 +217,7 @@ def test_print_shows_every_hyperparameter():
         assert part in text
 
 
-def test_gamma_is_float32_whatever_torchs_default_is():
+def test_gamma_is_float32_under_another_default_dtype():
     torch.set_default_dtype(torch.float64)
     try:
         model = apply_rblock(Maps(), "stage", input_size=(8, 9, 9)).train()
@@ -228,7 +230,7 @@ def test_gamma_is_float32_whatever_torchs_default_is():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rows", [1, 64])
-def test_no_value_is_read_on_the_host(method, rows):
+def test_masks_do_not_wait_for_the_device(method, rows):
     """On a GPU that would wait for everything before it; a fake tensor raises where its value is asked for."""
     kind = METHODS[method]
     with FakeTensorMode():
@@ -238,9 +240,62 @@ def test_no_value_is_read_on_the_host(method, rows):
         masked = mask(x)
         factors = mask.draw(rows, 64, (9, 9), x.device)
         scale = mask.scale(*factors).expand(kind.parts, rows, 1, 1, 1)
-        joined = _chunk_by_chunk(masked, factors[0], factors[1].float(), scale, "join")
+        joined = _mask_in_chunks(masked, *factors, scale, "join")
         assert masked.shape == (kind.parts * rows, 64, 9, 9)
         assert joined.shape == x.shape
         assert masked.device == joined.device == torch.device("cuda", 0)
         with pytest.raises(DataDependentOutputException):
             masked.sum().item()
+
+
+def brute_force_fit(mask, samples=8000):
+    """The shares of samples that lose nothing and everything, counted in the masked ones."""
+    torch.manual_seed(7)
+    lost = (mask(torch.ones(samples, *mask.shape)) == 0).flatten(1)
+    return (~lost.any(1)).double().mean().item(), lost.all(1).double().mean().item()
+
+
+FIT_CASES = [((2, 2, 2), 3, 0.1), ((2, 7, 7), 7, 0.1), ((1, 3, 5), 3, 0.4), ((1, 4, 4), 1, 0.02), ((2, 9), 5, 0.3)]
+
+
+@pytest.mark.parametrize(("shape", "block_size", "drop_prob"), FIT_CASES)
+@pytest.mark.parametrize("method", METHODS)
+def test_fit_shares_are_those_counted(method, shape, block_size, drop_prob):
+    mask = METHODS[method](drop_prob, block_size, "exact", shape, 1, forks=True)
+    for estimate, counted in zip(mask.fit_shares(), brute_force_fit(mask), strict=True):
+        # At least 4096 samples each; those of a pair are not independent.
+        assert abs(estimate - counted) < 4 * (2 * counted * (1 - counted) / 4096) ** 0.5 + 1e-3
+
+
+def test_small_maps_lose_whole_samples():
+    nothing, everything = METHODS["dropblock"](0.1, 3, "exact", (8, 2, 2), 1, forks=False).fit_shares()
+    assert (nothing, everything) == (pytest.approx(0.9, abs=0.02), pytest.approx(0.1, abs=0.02))
+
+
+@pytest.mark.parametrize("method", ["dropblock", "bdropdml", "dropout"])
+def test_fit_shares_leaves_the_random_state(method):
+    with torch.device("meta"):
+        mask = METHODS[method](0.2, 3, "exact", (8, 9, 9), 1, forks=True)
+        before = torch.get_rng_state()
+        assert mask.fit_shares() == mask.to("meta").fit_shares()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "covers"), [((8, 7, 7), 1, True), ((8, 7, 8), 1, False), ((5, 6, 8), -1, True)]
+)
+def test_covers_map_compares_the_block_with_every_side(shape, axis, covers):
+    assert METHODS["dropblock"](0.1, 7, "exact", shape, axis, forks=True).covers_map is covers
+    assert not METHODS["dropout"](0.1, 7, "exact", shape, axis, forks=True).covers_map
+
+
+def test_a_mask_built_under_meta_has_its_gamma():
+    with torch.device("meta"):
+        mask = METHODS["bdropdml"](0.2, 3, "exact", (8, 9, 9), 1, forks=True, place=2)
+    assert mask.gamma.device.type == "cpu"
+    assert coverage(mask.gamma.item(), (9, 9), 3) == pytest.approx(0.2, abs=1e-6)
+    assert mask.place == 2
+    assert "place=2" in repr(mask)
+    assert mask.to("meta").gamma.is_meta
+    restored = mask.to_empty(device="cpu")
+    assert coverage(restored.gamma.item(), (9, 9), 3) == pytest.approx(0.2, abs=1e-6)

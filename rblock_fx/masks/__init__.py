@@ -1,1 +1,1 @@
-"""The masks of the paper: what each method drops, at which rate, and the kernel."""
+"""The masks of the paper: what each method draws, at which rate, and how it is applied."""

@@ -1,13 +1,13 @@
 """From the drop rate to the probability of a block centre (paper, section 3.3, Eq. 6-8).
 
-Everything here is for one map of `shape` (*spatial), of any number of axes, and an odd `block_size` b = 2k + 1.
+Everything here is for one map of `shape` (*spatial), with any number of axes, and an odd `block_size` b = 2k + 1.
 """
 
 import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -19,11 +19,12 @@ CALIBRATIONS = ("exact", "eq6", "eq7")
 
 RateT = TypeVar("RateT", float, Tensor)
 
-_NEWTON_STEPS = 8
+# Newton's method reaches 7.6e-16 with eight steps, drop_prob <= 0.99; two more reach it up to drop_prob = 1 - 1e-9.
+_NEWTON_STEPS = 10
 
 
 def coverage(gamma: float, shape: Sequence[int], block_size: int) -> float:
-    """Expected share of a map covered by blocks: Eq. 8, exact also for maps smaller than 2k and for 1-D and 3-D.
+    """Compute the expected share of a map that blocks cover, in [0, 1]: Eq. 8, exact on every map.
 
     A position is covered unless none of the centres that reach it is drawn: 1 - (1 - gamma)^v, where v is the number
     of positions in its window after clipping at the borders. Eq. 8 is the mean of this over a map with m, n >= 2k.
@@ -35,93 +36,93 @@ def coverage(gamma: float, shape: Sequence[int], block_size: int) -> float:
     """
     if gamma >= 1:
         return 1.0
-    log_empty = math.log1p(-gamma)
-    windows = _window_volumes(tuple(shape), block_size)
-    return sum(count * -math.expm1(volume * log_empty) for volume, count in windows) / math.prod(shape)
+    return 1 - _uncovered_share(math.log1p(-gamma), _count_windows(tuple(shape), block_size))[0]
 
 
-@functools.lru_cache(maxsize=4096)
 def block_centre_probability(
-    drop_prob: float, shape: tuple[int, ...], block_size: int, calibration: str = "exact"
-) -> float:
-    """gamma, the probability of a block centre, for which a share `drop_prob` of the map is dropped.
+    drop_prob: RateT, shape: tuple[int, ...], block_size: int, calibration: str = "exact"
+) -> RateT:
+    """Compute gamma, the probability of a block centre, for which blocks cover a share `drop_prob` of the map.
+
+    On a float this runs on the host in float64. On a 0-dim tensor it runs on the tensor's device, in float64 where the
+    device has it, and follows the tensor's value under torch.compile without another graph.
 
     Args:
         drop_prob: share of the map to cover, in [0, 1).
         shape: the spatial shape of the map.
         block_size: side of a block, odd.
         calibration: "exact" inverts `coverage` (Eq. 8); "eq6" is p / b^d; "eq7" is DropBlock's p / b^d, corrected for
-            the centres that keep a block inside the map.
+            the centres that keep a block inside the map. d is the number of axes.
 
     Raises:
-        SettingError: "eq7" on a map smaller than a block, where Eq. 7 has no value.
+        SettingError: calibration is "eq7" and a side of the map is smaller than block_size.
     """
     if calibration == "exact":
         return _invert_coverage(drop_prob, shape, block_size)
-    return _papers_gamma(drop_prob, shape, block_size, calibration)
-
-
-def _invert_coverage(drop_prob: float, shape: tuple[int, ...], block_size: int) -> float:
-    """Bisect: coverage rises with gamma, from 0 at 0 to 1 at 1; gamma <= drop_prob, since a block covers its centre."""
-    low, high = 0.0, drop_prob
-    while True:
-        middle = (low + high) / 2
-        if middle in (low, high):
-            return high
-        if coverage(middle, shape, block_size) < drop_prob:
-            low = middle
-        else:
-            high = middle
-
-
-def compiled_block_centre_probability(
-    drop_prob: Tensor, shape: tuple[int, ...], block_size: int, calibration: str
-) -> Tensor:
-    """Gamma as a function of a 0-dim tensor, for maps whose size torch.compile meets, or leaves open, as it traces.
-
-    With u = ln(1 - gamma), the uncovered share mean(e^(v u)) is convex and rises with u, so Newton's steps from the
-    right of the root approach it without overshooting; eight of them reach float32's precision at every drop_prob < 1.
-    """
-    if calibration != "exact":
-        return _papers_gamma(drop_prob, shape, block_size, calibration)
-    volumes = _window_volume_map(shape, block_size, drop_prob.device)
-    kept = 1 - drop_prob
-    u = kept.log() / volumes.max()
-    for _ in range(_NEWTON_STEPS):
-        empty = (volumes * u).exp()
-        u = u - (empty.mean() - kept) / (volumes * empty).mean()
-    return -torch.expm1(u)
-
-
-def _papers_gamma(drop_prob: RateT, shape: tuple[int, ...], block_size: int, calibration: str) -> RateT:
-    """Eq. 6 and Eq. 7, with b^d and the sizes of d axes for the paper's b^2 and mn."""
-    per_block = drop_prob / float(block_size) ** len(shape)
+    gamma = drop_prob / float(block_size) ** len(shape)
     if calibration == "eq6":
-        return per_block
+        return gamma
     if min(shape) < block_size:
         raise SettingError(
-            f"calibration='eq7' has no value for block_size={block_size} on a map of {'x'.join(map(str, shape))}: "
-            "Eq. 7 needs every side >= block_size. Use calibration='exact', which holds for every map."
+            f"calibration='eq7' needs every side of the map >= block_size, got block_size={block_size} on a map of "
+            f"{'x'.join(map(str, shape))}. Use calibration='exact'."
         )
-    return per_block * math.prod(shape) / math.prod(length - block_size + 1 for length in shape)
+    return gamma * math.prod(shape) / math.prod(length - block_size + 1 for length in shape)
 
 
-def _window_volume_map(shape: tuple[int, ...], block_size: int, device: torch.device) -> Tensor:
-    """The volume of the clipped window at every position of a map."""
-    k = block_size // 2
-    volumes = torch.ones((), device=device)
-    for length in shape:
-        i = torch.arange(length, device=device)
-        volumes = volumes.unsqueeze(-1) * ((i + k).clamp(max=length - 1) - (i - k).clamp(min=0) + 1)
-    return volumes
+def _invert_coverage(drop_prob: RateT, shape: tuple[int, ...], block_size: int) -> RateT:
+    """Solve coverage(gamma) = drop_prob for gamma."""
+    if isinstance(drop_prob, float | int):
+        windows = _count_windows(shape, block_size)
+        u = _find_root(1.0 - drop_prob, math.log1p(-drop_prob) / windows[-1][0], lambda u: _uncovered_share(u, windows))
+        return 0.0 - math.expm1(u)
+    wide = drop_prob.to(torch.float32 if drop_prob.device.type == "mps" else torch.float64)
+    volumes = _map_windows(shape, block_size, wide)
+
+    def uncovered(u: Tensor) -> tuple[Tensor, Tensor]:
+        empty = (volumes * u).exp()
+        return empty.mean(), (volumes * empty).mean()
+
+    root = _find_root(1 - wide, torch.log1p(-wide) / volumes.max(), uncovered)
+    return -torch.expm1(root).to(drop_prob.dtype)
+
+
+def _find_root(kept: RateT, start: RateT, uncovered: Callable[[RateT], tuple[RateT, RateT]]) -> RateT:
+    """Solve uncovered(u) = kept by Newton's method, where u = ln(1 - gamma).
+
+    The uncovered share, mean(e^(v u)), is convex and rises with u, so steps from the right of the root approach it
+    without overshooting. ln(kept) / max(v) is at its right.
+    """
+    u = start
+    for _ in range(_NEWTON_STEPS):
+        share, slope = uncovered(u)
+        u = u - (share - kept) / slope
+    return u
+
+
+def _uncovered_share(u: float, windows: tuple[tuple[int, int], ...]) -> tuple[float, float]:
+    """Compute the share of a map without blocks, mean(e^(v u)), and its derivative in u."""
+    terms = [(volume, count * math.exp(volume * u)) for volume, count in windows]
+    total = sum(count for _, count in windows)
+    return math.fsum(term for _, term in terms) / total, math.fsum(volume * term for volume, term in terms) / total
 
 
 @functools.lru_cache(maxsize=256)
-def _window_volumes(shape: tuple[int, ...], block_size: int) -> tuple[tuple[int, int], ...]:
-    """How many positions of the map have a clipped window of which volume: ((volume, positions), ...)."""
+def _count_windows(shape: tuple[int, ...], block_size: int) -> tuple[tuple[int, int], ...]:
+    """Count positions by the volume of their clipped window: ((volume, positions), ...), volumes ascending."""
     k = block_size // 2
     spans = [Counter(min(i + k, length - 1) - max(i - k, 0) + 1 for i in range(length)) for length in shape]
     volumes: Counter[int] = Counter()
     for combination in itertools.product(*(span.items() for span in spans)):
         volumes[math.prod(side for side, _ in combination)] += math.prod(count for _, count in combination)
     return tuple(sorted(volumes.items()))
+
+
+def _map_windows(shape: tuple[int, ...], block_size: int, like: Tensor) -> Tensor:
+    """Compute the volume of the clipped window at every position: (*spatial), for sizes that a compiler leaves open."""
+    k = block_size // 2
+    volumes = torch.ones((), device=like.device, dtype=like.dtype)
+    for length in shape:
+        i = torch.arange(length, device=like.device)
+        volumes = volumes.unsqueeze(-1) * ((i + k).clamp(max=length - 1) - (i - k).clamp(min=0) + 1)
+    return volumes

@@ -1,18 +1,18 @@
-"""Fork and mask as one operation, and the drawing of blocks: pure functions on tensors.
+"""Fork and mask as one operation, and the pieces of a mask: pure functions on tensors.
 
-A pair of masks over a map x of (N, C, *S) is held in factors that broadcast, K = 2 of them (K = 1 for single-model
-methods, or where both sub-models share a factor):
+The K masks over a map x of (N, C, *S), one for each sub-model, are held in factors that broadcast. K is 1 where all
+sub-models share a factor.
 
     channel  (K, N, C, 1...)  bool, the channels in which a sub-model drops
-    spatial  (K, N, 1, *S)    float32, 1 at the positions at which it drops and 0 elsewhere
-    scale    (K, N, 1, 1...)  float32, what the kept activations are multiplied by
+    spatial  (K, N, 1, *S)    bool, the positions at which it drops
+    scale    (K, N, 1, 1...)  float32, multiplies the kept activations
 
-so that mask_i = (1 - channel_i * spatial_i) * scale_i. Where activations are dropped one by one (Dropout), `channel` is
-(K, N, C, *S) and `spatial` is 1; else no tensor of (N, C, *S) is ever saved for backward.
+An activation is dropped where channel and spatial are both True: mask = ~(channel & spatial) * scale. A factor that is
+True everywhere may have size 1 on any axis behind N. Where activations are dropped one by one (Dropout), `channel` is
+(K, N, C, *S); otherwise no tensor of the size of x is saved for backward.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -21,40 +21,41 @@ from torch import Tensor
 
 Operation = Literal["fork", "keep", "join"]
 
-# Elements of a mask that are built at once. On a CPU 256 Ki float32 stay in a core's cache, so that the mask costs no
-# pass over memory; elsewhere the bound keeps the buffer small.
-_CPU_CHUNK = 1 << 18
-_CHUNK = 1 << 24
-
-
-def draw_blocks(gamma: Tensor | float, rows: int, spatial: tuple[int, ...], block_size: int, device: Any) -> Tensor:
-    """Draw block centres r ~ Bernoulli(gamma) and dilate them to blocks: M of (rows, 1, *spatial), bool."""
-    return dilate(torch.rand((rows, 1, *spatial), device=device) < gamma, block_size)
+# Elements of x masked at once in eager mode. On a CPU they, their masks and their products stay in a core's cache;
+# elsewhere the bound limits memory.
+_CPU_CHUNK = 1 << 17
+_CHUNK = 1 << 23
 
 
 def dilate(centres: Tensor, block_size: int) -> Tensor:
-    """Grow every True of (N, 1, *spatial) to a cube of side `block_size` (odd), clipped at the borders."""
+    """Grow every True of (N, 1, *S) to a cube of side `block_size` (odd), clipped at the borders."""
     if block_size == 1:
         return centres
     pool = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}[centres.dim()]
     return pool(centres.to(torch.float32), block_size, stride=1, padding=block_size // 2) > 0
 
 
-def kept_scale(channel: Tensor, spatial: Tensor) -> Tensor:
-    """1 / s, s the kept proportion of each sample over all its axes (Alg. 1 step 6, Alg. 2 step 6), of (K, N, 1, 1...).
+def count_dropped(channel: Tensor, spatial: Tensor) -> tuple[Tensor, int]:
+    """Count the activations that each sample loses, (K, N, 1, 1...) in float32, of how many.
 
-    Where a sample keeps nothing the scale is 0, so that it stays finite in every dtype. The factors of a mask vary over
-    different axes, so the dropped share is the product of theirs; it is counted in integers, for which 1 - s is exact.
+    The factors vary over different axes, so the count is the product of theirs.
     """
     axes = tuple(range(2, channel.dim()))
-    total = math.prod(channel.shape[2:]) * math.prod(spatial.shape[2:])
-    dropped = channel.sum(axes, keepdim=True) * spatial.sum(axes, keepdim=True, dtype=torch.int64)
-    kept = total - dropped
-    return torch.where(kept > 0, total / kept.to(torch.float32), 0.0)
+    channels, positions = (f.sum(axes, keepdim=True, dtype=torch.float32) for f in (channel, spatial))
+    return channels * positions, channel.shape[2:].numel() * spatial.shape[2:].numel()
+
+
+def kept_scale(channel: Tensor, spatial: Tensor) -> Tensor:
+    """Compute 1 / s of (K, N, 1, 1...), s the kept share of each sample (Alg. 1 step 6, Alg. 2 step 6).
+
+    A sample that keeps nothing has a finite scale, so that it becomes zeros.
+    """
+    dropped, total = count_dropped(channel, spatial)
+    return total / (total - dropped).clamp(min=1)
 
 
 def fork_and_mask(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor) -> Tensor:
-    """Both masked copies of x from one read of it: (N, C, *S) -> (K * N, C, *S), sub-model 1 in the first half."""
+    """Return the K masked copies of x from one read of it: (N, C, *S) -> (K * N, C, *S), sub-model 1 first."""
     return _Mask.apply(x, channel, spatial, scale, "fork")  # type: ignore[no-any-return]
 
 
@@ -71,37 +72,30 @@ class _Mask(torch.autograd.Function):
     join: out[n] = sum over k of x[k, n] * mask[k, n]
     """
 
+    # Without setup_context, which costs 100 us a call: torch binds the arguments to forward's signature.
     @staticmethod
-    def forward(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor, operation: Operation) -> Tensor:
-        if torch.compiler.is_compiling() or x.is_meta:
-            return _in_one_expression(x, channel, spatial, scale, operation)
-        return _chunk_by_chunk(x, channel, spatial, scale, operation)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        *factors, operation = inputs[1:]
-        ctx.save_for_backward(*factors)
+    def forward(ctx: Any, x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor, operation: Operation) -> Tensor:
+        ctx.save_for_backward(channel, spatial, scale)
         ctx.adjoint = {"fork": "join", "join": "fork", "keep": "keep"}[operation]
+        if torch.compiler.is_compiling() or x.is_meta:
+            return _mask_in_one_expression(x, channel, spatial, scale, operation)
+        return _mask_in_chunks(x, channel, spatial, scale, operation)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return _Mask.apply(gradient, *ctx.saved_tensors, ctx.adjoint), None, None, None, None
 
 
-def _in_one_expression(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor, operation: Operation) -> Tensor:
-    """What a compiler fuses to one loop over x, which reads it once; in float32, rounded once to the dtype of x.
+def _mask_in_one_expression(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor, operation: Operation) -> Tensor:
+    """Mask with a compiler, which fuses this to one loop over x; computed in float32, rounded once to x's dtype.
 
-    Where parts share x, or a sum of them is wanted, there is one expression for each, since a broadcast over parts is a
-    loop over parts outside, which reads anew what they share.
+    One expression per part: broadcasting over parts compiles to an outer loop that reads x again.
     """
     parts, rows = scale.shape[:2]
-    if operation == "keep":
-        masks = torch.where(channel, 1 - spatial, 1.0) * scale
-        return (x.reshape(parts, rows, *x.shape[1:]) * masks).flatten(0, 1).to(x.dtype)
     sources = (x,) * parts if operation == "fork" else x.split(rows)  # type: ignore[no-untyped-call]
     products = [
-        source * (torch.where(_part(channel, part), 1 - _part(spatial, part), 1.0) * scale[part])
-        for part, source in enumerate(sources)
+        source * torch.where(channel[min(k, len(channel) - 1)] & spatial[min(k, len(spatial) - 1)], 0.0, scale[k])
+        for k, source in enumerate(sources)
     ]
     if operation == "join":
         total: Tensor = sum(products[1:], start=products[0])
@@ -109,87 +103,56 @@ def _in_one_expression(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tenso
     return torch.cat([product.to(x.dtype) for product in products])
 
 
-def _chunk_by_chunk(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor, operation: Operation) -> Tensor:
-    """Without a compiler: a few samples at a time, so that their masks stay in the cache."""
-    channels_inside = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-    order = (0, *range(2, x.dim()), 1) if channels_inside else tuple(range(x.dim()))
+def _mask_in_chunks(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor, operation: Operation) -> Tensor:
+    """Mask without a compiler: a few samples at a time, so that intermediate results stay in the cache.
+
+    In memory a sample is `outer` rows of `inner` activations. A row of its mask is one of two, the scale throughout or
+    the scale with holes, and the factor over the outer axes selects which.
+    """
     parts, rows = scale.shape[:2]
-    # Not a view, which autograd would not let be changed in place.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    channels_last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    order = (0, *range(2, x.dim()), 1) if channels_last else tuple(range(x.dim()))
+    # Not a view, which autograd would not let the user change in place.
     result = torch.empty_permuted(
         (rows if operation == "join" else parts * rows, *x.shape[1:]), order, dtype=x.dtype, device=x.device
     )
-    x = x.permute(order).contiguous()
-    elements = math.prod(x.shape[1:])
-    source = x.view(1 if operation == "fork" else parts, rows, elements)
-    target = result.permute(order).view(1 if operation == "join" else parts, rows, elements)
-    scale = scale.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
-    step = max((_CPU_CHUNK if x.device.type == "cpu" else _CHUNK) // max(elements, 1), 1)
-    if channel.dim() == 3 or math.prod(channel.shape[3:]) > 1:
-        masks = _masks_of_activations(channel.movedim(2, -1) if channels_inside else channel, scale, step)
+    if channel.shape[2:].numel() > channel.shape[2]:  # activations dropped one by one
+        outer, inner = channel.permute(0, *(axis + 1 for axis in order)), spatial
+        size = 1
+    elif channels_last:
+        outer, inner, size = spatial, channel, x.shape[1]
     else:
-        inner, outer = (channel, spatial) if channels_inside else (spatial, channel)
-        masks = _masks_of_rows(inner, outer, scale, tuple(x.shape[1:]), channels_inside, step)
-    sources, targets = _pieces(source, step, parts), _pieces(target, step, parts)
-    total = scale  # of a sum over parts, where it is rounded to another dtype in the end
-    # Each line here is run once per part and chunk, beside which the work of a chunk is not much: few operations.
-    for chunk, part, mask in masks:
-        piece, out = sources[part][chunk], targets[part][chunk]
-        adds = operation == "join" and part > 0
-        if out.dtype == mask.dtype:
-            out.addcmul_(piece, mask) if adds else torch.mul(piece, mask, out=out)
-            continue
-        if operation != "fork" or part == 0:
-            wide = piece.to(mask.dtype)
-        if operation != "join":
-            out.copy_(mask.mul_(wide))  # the mask is not needed after this
+        outer, inner, size = channel, spatial, x.shape[2:].numel()
+    scale = scale.to(wide).view(parts, rows, 1, 1)
+    length = x.shape[1:].numel() // max(size, 1)
+    chunk = _CPU_CHUNK if x.device.type == "cpu" else _CHUNK
+    # A large sample is cut into groups of its rows.
+    groups = math.gcd(length, 1 << (length * size // chunk).bit_length())
+    units, length = rows * groups, length // groups
+    step = max(min(chunk // max(length * size, 1), units), 1)
+    source = x.permute(order).contiguous().view(1 if operation == "fork" else parts, units, length, size)
+    target = result.permute(order).view(1 if operation == "join" else parts, units, length, size)
+    choice = outer.flatten(2).expand(parts, rows, length * groups).reshape(parts, units, length, 1)
+    plain = scale.repeat_interleave(groups, 1).expand(parts, units, 1, size).contiguous()
+    holes = inner.flatten(2).unsqueeze(2).logical_not().repeat_interleave(groups, 1) * plain
+    # Buffers for all chunks: memory allocated for one chunk would be mapped and cleared for each.
+    buffer = scale.new_empty((parts, step, length, size))
+    converted = scale.new_empty((len(source), step, length, size)) if x.dtype != wide else None
+    factors = (source, target, plain, holes, choice)
+    pieces = zip(*(factor.split(step, 1) for factor in factors), strict=True)  # type: ignore[no-untyped-call]
+    for piece, out, start, end, weight in pieces:
+        count = piece.shape[1]
+        masks = torch.lerp(start, end, weight.to(wide), out=buffer[:, :count])
+        products = out
+        if converted is not None:
+            piece, products = converted[:, :count].copy_(piece), masks
+        if operation == "join":
+            torch.mul(piece[0], masks[0], out=products[0])
+            for part in range(1, parts):
+                products[0].addcmul_(piece[part], masks[part])
         else:
-            total = total.addcmul_(wide, mask) if adds else wide.mul_(mask)
-            if part == parts - 1:
-                out.copy_(total)
+            torch.mul(piece, masks, out=products)
+        if converted is not None:
+            out.copy_(products[: len(out)])
     return result
-
-
-def _masks_of_rows(
-    inner: Tensor, outer: Tensor, scale: Tensor, shape: tuple[int, ...], channels_inside: bool, step: int
-) -> Iterator[tuple[int, int, Tensor]]:
-    """Give, for every chunk of `step` samples and every part, its mask of (step, C * S) in the order of the memory.
-
-    A row of a mask, along the inner axes of the memory, is one of two: the scale throughout, or the scale with holes.
-    Both are made once for each sample, and the factor of the outer axes says which one a row is: copying whole rows is
-    faster than computing a mask element by element. A mask lives until the next is made.
-    """
-    outer_size = math.prod(shape[:-1]) if channels_inside else shape[0]
-    inner_size = shape[-1] if channels_inside else math.prod(shape[1:])
-    parts, rows = scale.shape[:2]
-    holes = (scale * (1 - inner.flatten(2).to(scale.dtype))).expand(parts, rows, inner_size)
-    either = torch.stack((scale.expand_as(holes), holes), 2).view(parts, 2 * rows, inner_size).unbind(0)
-    first_row = torch.arange(0, 2 * rows, 2, dtype=torch.int32, device=scale.device).view(1, rows, 1)
-    which = (outer.flatten(2).to(torch.int32) + first_row).expand(parts, rows, outer_size).flatten(1)
-    buffer = scale.new_empty((min(step, rows) * outer_size, inner_size))
-    masks = buffer.view(-1, outer_size * inner_size)
-    for chunk, chosen in enumerate(zip(*_pieces(which, step * outer_size, parts), strict=True)):
-        if len(chosen[0]) < len(buffer):  # the last one
-            buffer, masks = buffer[: len(chosen[0])], masks[: len(chosen[0]) // outer_size]
-        for part in range(parts):
-            torch.index_select(either[part], 0, chosen[part], out=buffer)
-            yield chunk, part, masks
-
-
-def _masks_of_activations(dropped: Tensor, scale: Tensor, step: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Give the same where single activations are dropped, (K, N, C, *S)."""
-    parts = scale.shape[0]
-    factors = zip(*_pieces(dropped.flatten(2), step, parts), *_pieces(scale, step, parts), strict=True)
-    for chunk, pieces in enumerate(factors):
-        for part in range(parts):
-            yield chunk, part, torch.where(pieces[part], 0.0, pieces[parts + part])
-
-
-def _pieces(factor: Tensor, size: int, parts: int) -> list[tuple[Tensor, ...]]:
-    """Cut (K, N, ...) into pieces of (size, ...) for each part, where all parts may share one."""
-    pieces = [part.split(size) for part in factor.unbind(0)]  # type: ignore[no-untyped-call]
-    return pieces * parts if len(pieces) == 1 else pieces
-
-
-def _part(factor: Tensor, part: int) -> Tensor:
-    """Give the factor of a sub-model, where both may share one."""
-    return factor[min(part, len(factor) - 1)]

@@ -213,9 +213,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def record_forward(replica: nn.Module, input_size: Shape) -> tuple[Recorder, Any]:
     """Record a forward on ROWS samples; returns the recorder, in which value 0 is the input, and the output."""
     recorder = Recorder(replica)
+    x = meta_batch(replica, ROWS, input_size)
+    recorder.follow(x, Layout(ROWS, True))
     with recorder.recording():
-        x = meta_batch(replica, ROWS, input_size)
-        recorder.follow(x, Layout(ROWS, True))
         return recorder, replica(x)
 
 

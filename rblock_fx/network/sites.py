@@ -11,7 +11,17 @@ from torch import nn
 
 from rblock_fx.errors import SiteError
 from rblock_fx.network.replica import Shape
-from rblock_fx.network.stages import Site, SiteList, channel_axis, find_stages, is_map, last_layer, share, site_at
+from rblock_fx.network.stages import (
+    Site,
+    SiteList,
+    channel_axis,
+    find_stages,
+    is_map,
+    is_used_map,
+    last_layer,
+    share,
+    site_at,
+)
 from rblock_fx.network.survey import Survey
 
 Sites = None | str | int | Sequence[str | int]
@@ -93,6 +103,8 @@ class _Resolver:
                 f"(N, channels, *spatial), or a list of such, got {_format_output(runs[-1].output)}; "
                 f"{self.choices()} For the classifier's input: sites='head' with dropout, r-drop or c-drop."
             )
+        if not is_used_map(runs[-1], self.survey):
+            raise SiteError(f"nothing uses the map of {path!r}, so a mask there would have no effect; {self.choices()}")
         # Where the shapes leave it open, the axis is that of the stages.
         channels_last = bool(self.listed) and all(site.channel_axis == -1 for site in self.listed)
         axis = channel_axis(runs[-1], self.survey, channels=None, channels_last=channels_last)

@@ -73,7 +73,9 @@ def find_stages(model: nn.Module, survey: Survey) -> SiteList:
     found: list[tuple[ModuleRun, int | None]]
     if any(runs for _, runs in described):
         # Where timm's stages are tokens, a patch embedding is not a stage either.
-        found = [(runs[-1], entry.get("num_chs")) for entry, runs in described if runs and is_map(runs[-1], survey)]
+        found = [
+            (runs[-1], entry.get("num_chs")) for entry, runs in described if runs and is_used_map(runs[-1], survey)
+        ]
     else:
         found = [(run, None) for run in _last_cut_of_each_resolution(survey)]
     return SiteList(
@@ -130,6 +132,12 @@ def is_map(run: ModuleRun, survey: Survey) -> bool:
     """Whether a module returned a map (channels and the spatial axes of the input), or a list with one."""
     shapes = run.output if isinstance(run.output, list) else [run.output]
     return any(is_map_shape(shape, survey) for shape in shapes)
+
+
+def is_used_map(run: ModuleRun, survey: Survey) -> bool:
+    """Whether anything behind a module uses a map that it returned."""
+    shapes = [shape for shape in (run.output if isinstance(run.output, list) else [run.output]) if shape is not None]
+    return any(is_map_shape(shape, survey) and survey.is_used(run, place) for place, shape in enumerate(shapes))
 
 
 def is_map_shape(shape: Shape | None, survey: Survey) -> bool:

@@ -89,14 +89,24 @@ class Survey:
                 cuts.update(alive)
         return Paths(frozenset(reached & needed), frozenset(cuts))
 
+    def is_used(self, run: ModuleRun, place: int) -> bool:
+        """Whether anything uses one of the tensors that a module returned, after it returned."""
+        value = run.values[place]
+        return self._last_reads.get(value, -1) >= run.last or any(value == output for output, _ in self.outputs)
+
+    @functools.cached_property
+    def _last_reads(self) -> dict[int, int]:
+        return {value: index for index, operation in enumerate(self.operations) for value in operation.reads}
+
     @functools.cached_property
     def _grown(self) -> dict[str, Shape | None]:
         """The shapes that modules return for samples of twice the size along every spatial axis."""
         size = (self.input_size[0], *(2 * length for length in self.input_size[1:]))
         recorder = Recorder(self.replica)
         # A network may run on one size only; what ran until the error is recorded.
+        x = meta_batch(self.replica, ROWS, size)
         with eval_mode(self.replica), recorder.recording(), contextlib.suppress(Exception):
-            self.replica(meta_batch(self.replica, ROWS, size))
+            self.replica(x)
         return {run.path: first_shape(run.output) for run in recorder.runs}
 
 

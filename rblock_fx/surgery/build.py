@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rblock_fx.errors import ConversionError, first_line
-from rblock_fx.masks.methods import METHODS, Mask
+from rblock_fx.masks.mask import Mask
+from rblock_fx.masks.methods import METHODS
 from rblock_fx.network.record import ROWS, record_forward
 from rblock_fx.network.replica import META, Shape, tensors_in
 from rblock_fx.network.stages import Site
@@ -97,6 +98,7 @@ def _make_mask(call: MaskCall, request: Request, *, forks: bool) -> Mask:
         shape=call.shape,
         channel_axis=call.site.channel_axis,
         forks=forks,
+        place=call.place,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rblock_fx.errors import ConversionError
-from rblock_fx.masks.methods import Mask
+from rblock_fx.masks.mask import Mask
 from rblock_fx.network.replica import Shape
 from rblock_fx.network.stages import Site
 from rblock_fx.surgery.code import TrainingForward

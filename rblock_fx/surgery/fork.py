@@ -52,11 +52,11 @@ class Probe(fx.Interpreter):
             if not is_new and all(value in before for value in node.all_input_nodes):
                 before[node] = known.values[node]  # type: ignore[union-attr]
                 self.node_flops[node] = known.node_flops[node]  # type: ignore[union-attr]
+        x = meta_batch(replica, ROWS, input_size)
+        self.recorder.follow(x, Layout(ROWS, True))
+        for tensor in tensors_in(list(before.values())):
+            self.recorder.follow(tensor, known.recorder.layouts.get(id(tensor)))  # type: ignore[union-attr]
         with self.recorder.recording():
-            x = meta_batch(replica, ROWS, input_size)
-            self.recorder.follow(x, Layout(ROWS, True))
-            for tensor in tensors_in(list(before.values())):
-                self.recorder.follow(tensor, known.recorder.layouts.get(id(tensor)))  # type: ignore[union-attr]
             self.result = self.run(x, initial_env=before)
 
     @property

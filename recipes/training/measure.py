@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rblock_fx import RBlockLoss, split_pair
-from rblock_fx.masks import Mask
+from rblock_fx.masks.methods import Mask
 
 Row = dict[str, Any]  # one row of metrics.csv
 Prepare = Callable[[Tensor], Tensor]  # images as they were loaded -> as the network takes them
