@@ -38,7 +38,7 @@ class Rolled(Net):
 
 class Shuffled(Net):
     def between(self, x):
-        return x + x[torch.arange(len(x) - 1, -1, -1)]
+        return x + x[torch.arange(x.shape[0] - 1, -1, -1)]
 
 
 class Sorted(Net):

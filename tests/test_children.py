@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -44,7 +45,7 @@ CUTS = {
     "all but the last child": (cut_resnet, ["layer3"], lambda m: nn.Sequential(*list(m.children())[:-1])),
     "a slice": (lambda: nn.Sequential(*list(cut_resnet().children())[:-2]), ["6"], lambda m: m[:7]),
     "an index": (lambda: nn.Sequential(*list(cut_resnet().children())[:-2]), ["6"], lambda m: m[-1]),
-    "popitem": (cut_resnet, ["layer3"], lambda m: nn.Sequential(dict(list(m._modules.items())[:-1]))),
+    "popitem": (cut_resnet, ["layer3"], lambda m: nn.Sequential(OrderedDict(list(m._modules.items())[:-1]))),
     "a getter": (cut_resnet, ["layer3"], lambda m: IntermediateLayerGetter(m, {"layer2": "low", "layer4": "high"})),
 }
 

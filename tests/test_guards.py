@@ -1,6 +1,7 @@
 """What a trace takes for granted: side effects are refused, and a later change is detected by the next forward."""
 
 import collections
+import copy
 import dataclasses
 import functools
 import itertools
@@ -322,7 +323,7 @@ def test_changed_settings_are_followed_or_refused(name):
     model = apply_rblock(kind(), ["b"], drop_prob=0.0, input_size=SIZE).train()
     assert_halves_are(model(x), kind().train()(x), rtol=1e-4, atol=1e-5)
     change(model)
-    plain = remove_rblock(_copy(model)).train()
+    plain = remove_rblock(copy.deepcopy(model)).train()
     expected = plain(x)
     try:
         output = model(x)
@@ -331,12 +332,6 @@ def test_changed_settings_are_followed_or_refused(name):
         output = apply_rblock(remove_rblock(model), ["b"], drop_prob=0.0, input_size=SIZE)(x)
     assert_halves_are(output, expected, rtol=1e-4, atol=1e-5)
     FACTOR[0] = 1.0
-
-
-def _copy(model):
-    import copy
-
-    return copy.deepcopy(model)
 
 
 class AroundSites(nn.Module):
@@ -376,7 +371,7 @@ def test_changed_layers_around_a_site_are_followed_or_refused(name):
         output = model(x)
     except ConversionError as error:
         assert "body" in str(error)  # noqa: PT017
-        sites = ["body"] if name == "replace by a leaf" else ["body.1.0"]
+        sites = {"replace by a leaf": "body", "insert": "body.2.0"}.get(name, "body.1.0")
         output = apply_rblock(remove_rblock(model), sites, drop_prob=0.0, input_size=SIZE)(x)
     assert_halves_are(output, expected, rtol=1e-4, atol=1e-5)
 

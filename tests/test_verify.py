@@ -55,10 +55,10 @@ def converted(**options):
 
 
 def replace_forward(model, forward):
-    """Give a converted model another forward, without its class noticing."""
-    kind = type(model)
-    object.__setattr__(model, "__class__", type(kind.__name__, (kind,), {"forward": forward, "_rblock_class": None}))
-    return kind.forward
+    """Replace the forward of a converted model's class; returns the old one."""
+    own = type(model).forward
+    type(model).forward = forward
+    return own
 
 
 def with_wrong_trace(model):
@@ -144,11 +144,6 @@ def test_raises_for_planted_faults(fault):
     plant(model)
     with pytest.raises(VerificationError, match=message):
         verify(model, images())
-
-
-def test_masks_of_both_sub_models_are_measured():
-    model = converted(method="c-drop", drop_prob=0.3) if False else converted(method="r-dropblock")
-    assert "mask b" in str(verify(model, images()))
 
 
 @pytest.mark.parametrize("batch_norm", ["joint", "per_submodel"])

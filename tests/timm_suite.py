@@ -62,7 +62,7 @@ def count_parameters(name):
 
 
 def smallest_of_each_family(cache):
-    """Name of the smallest architecture of each module of timm; of 0 to 3 MB on disk, so a cache file helps."""
+    """Name of the smallest architecture of each module of timm. Takes minutes, so that a cache file helps."""
     if cache is not None and cache.exists():
         return json.loads(cache.read_text())
     families = collections.defaultdict(list)
@@ -84,6 +84,7 @@ class Suite:
     def __init__(self, models):
         self.models = models
         self.outcomes = collections.defaultdict(list)
+        self.refusals = {}
 
     def pytest_collection_modifyitems(self, items):
         chosen = []
@@ -96,15 +97,18 @@ class Suite:
         chosen.sort(key=lambda item: self.models.index(item.callspec.params["model_name"]))
         items[:] = chosen
 
-    @staticmethod
-    def create_converted(*args, **kwargs):
+    def create_converted(self, *args, **kwargs):
+        key = repr((args, {name: kwargs[name] for name in kwargs if name != "num_classes"}))
+        if key in self.refusals:
+            raise Refusal(self.refusals[key])
         model = timm.create_model(*args, **kwargs)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return apply_rblock(model)
         except RBlockError as error:
-            raise Refusal(f"{type(error).__name__}: {error}") from error
+            self.refusals[key] = f"{type(error).__name__}: {error}"
+            raise Refusal(self.refusals[key]) from error
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
@@ -122,7 +126,7 @@ class Suite:
                 outcome, reason = "failed", f"{type(error).__name__}: {error}"
             reason = " ".join(reason.split())[:300]
             self.outcomes[outcome].append((test, model, reason))
-            print(f"{outcome:8}{test} {model} {call.duration:.1f} s {reason}", flush=True)
+            print(f"{outcome:8} {test} {model} {call.duration:.1f} s {reason}", file=sys.__stdout__, flush=True)
         return report
 
     def summary(self):
@@ -147,8 +151,8 @@ def main():
         families = smallest_of_each_family(options.cache)
         models = [model for family, model in families.items() if fnmatch.fnmatch(family, options.only)]
         suite = Suite(models[: options.families])
-        quiet = ["-q", "-s", "--no-header", "-p", "no:cacheprovider", "-p", "no:warnings", "--tb=no", "-c", "/dev/null"]
-        pytest.main([str(path), *quiet, "--rootdir", str(path.parent)], plugins=[suite])
+        quiet = ["-qq", "--capture=sys", "--no-header", "--no-summary", "-p", "no:cacheprovider", "-W", "ignore", "--tb=no"]
+        pytest.main([str(path), *quiet, "-c", "/dev/null", "--rootdir", str(path.parent)], plugins=[suite])
     print(suite.summary())
     sys.exit(bool(suite.outcomes["failed"]) or not suite.outcomes["passed"])
 
