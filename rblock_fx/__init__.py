@@ -1,7 +1,6 @@
 """R-Block (arXiv 2307.15150) for any timm or torchvision CNN: paired, complementary structured dropout."""
 
 from rblock_fx.apply import apply_rblock, list_sites, remove_rblock
-from rblock_fx.describe import describe
 from rblock_fx.errors import (
     ConversionError,
     PairError,
@@ -12,7 +11,7 @@ from rblock_fx.errors import (
     VerificationError,
 )
 from rblock_fx.loss import RBlockLoss, split_pair
-from rblock_fx.schedule import DropSchedule, set_drop_prob
+from rblock_fx.settings import DropSchedule, describe, set_drop_prob
 from rblock_fx.verify import VerifyReport, verify
 
 __version__ = "0.1.0"

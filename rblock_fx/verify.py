@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rblock_fx.converted import find_converted
 from rblock_fx.errors import SettingError, VerificationError
 from rblock_fx.masks.mask import Mask
 from rblock_fx.masks.methods import METHODS
-from rblock_fx.network.replica import copy_model, random_state_kept, tensors_in
+from rblock_fx.network.replica import WithoutRandomness, copy_model, random_state_kept, tensors_in
 from rblock_fx.network.stages import format_table
+from rblock_fx.settings import set_drop_prob
 from rblock_fx.surgery.conversion import snapshot
 from rblock_fx.surgery.trace import MASKS
 from rblock_fx.swap import OWNER, Halved, restore_class
@@ -77,16 +77,16 @@ def verify(model: nn.Module, images: Tensor) -> VerifyReport:
     parts = METHODS[rblock.conversion.method].parts
     first = next((p for p in converted.parameters() if p.is_floating_point()), images)
     images = images.detach().to(first.device, first.dtype)
-    with random_state_kept(), _cuda_state_kept(), torch.no_grad():
-        checks = [_compare_evaluation(converted, images)]
-        checks += _compare_training(converted, images, parts)
-        checks += _measure_rates(converted, images)
-    return VerifyReport(tuple(checks))
+    with random_state_kept(), torch.enable_grad():
+        evaluation = _compare_evaluation(converted, images)
+        return VerifyReport(
+            (evaluation, *_compare_training(converted, images, parts), *_measure_rates(converted, images))
+        )
 
 
 def _compare_evaluation(model: nn.Module, images: Tensor) -> tuple[str, str]:
     plain, twin = _plain(model).eval(), copy_model(model).eval()
-    with _WithoutRandomness():
+    with WithoutRandomness():
         expected, output = plain(images.clone()), twin(images.clone())
     _compare(output, expected, 1, 0.0, "evaluation")
     _compare_state(twin, plain, "evaluation")
@@ -101,12 +101,11 @@ def _compare_training(model: nn.Module, images: Tensor, parts: int) -> list[tupl
     plain.training = twin.training = True
     if images.dtype == torch.float32 and images.device.type != "mps":
         plain, twin, images = plain.double(), twin.double(), images.double()
-    for mask in _masks(twin):
-        mask.set_drop_prob(0.0)
+    set_drop_prob(twin, 0.0)
     before = {path: tensor.clone() for path, tensor in plain.named_buffers()}
-    with _WithoutRandomness(), _batch_norm_inputs(plain) as inputs:
+    with WithoutRandomness(), _batch_norm_inputs(plain) as inputs:
         expected = plain(images.clone())
-    with _WithoutRandomness(), _batch_norm_inputs(twin) as twin_inputs:
+    with WithoutRandomness(), _batch_norm_inputs(twin) as twin_inputs:
         output = twin(images.clone())
     tolerance = 1e-5 if images.dtype in (torch.float32, torch.float64) else 2e-2
     difference = _compare(output, expected, parts, tolerance, "training at drop rate 0")
@@ -210,7 +209,7 @@ def _measure_rates(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
             continue
         if name not in shapes:
             raise VerificationError(f"verify: the mask {name!r} is not called in a training forward")
-        rows = max(2 * _ELEMENTS // max(shapes[name][1:].numel(), 1) // 2, 2)
+        rows = max(_ELEMENTS // max(shapes[name][1:].numel(), 1), 2)
         ones = torch.ones((2 * rows, *shapes[name][1:]), device=images.device)
         shares = (mask(ones) == 0).flatten(1).double().mean(1)
         seen, error = shares.mean().item(), shares.std().item() / len(shares) ** 0.5
@@ -232,10 +231,6 @@ def _plain(model: nn.Module) -> nn.Module:
     return plain
 
 
-def _masks(model: nn.Module) -> list[Mask]:
-    return [mask for mask in vars(model)[MASKS].children() if isinstance(mask, Mask)]
-
-
 @contextlib.contextmanager
 def _batch_norm_inputs(model: nn.Module) -> Iterator[dict[str, list[int]]]:
     """Record how many values of a channel each batch norm sees in each of its calls."""
@@ -248,34 +243,3 @@ def _batch_norm_inputs(model: nn.Module) -> Iterator[dict[str, list[int]]]:
 
             module.register_forward_pre_hook(record)
     yield counts
-
-
-@contextlib.contextmanager
-def _cuda_state_kept() -> Iterator[None]:
-    states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    yield
-    if states:
-        torch.cuda.set_rng_state_all(states)
-
-
-class _WithoutRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Replace random draws by constants at which dropout, stochastic depth and the like keep everything."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
-        name = str(func.overloadpacket.__name__)
-        if name == "native_dropout":
-            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        names = [argument.name for argument in func._schema.arguments]
-        if "dropout_p" in names:
-            position = names.index("dropout_p")
-            args = (*args[:position], 0.0, *args[position + 1 :]) if position < len(args) else args
-            return func(*args, **{key: value for key, value in kwargs.items() if key != "dropout_p"})
-        result = func(*args, **kwargs)
-        constant = 1.0 if name.startswith("bernoulli") else 0.5 if result.is_floating_point() else 0
-        return result.fill_(constant)

@@ -33,14 +33,10 @@ _FACTORIES = ("new_", "empty", "zeros", "ones", "full", "rand")
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the batch is in a tensor.
+    """Where the batch is in a tensor."""
 
-    It was computed from `batch` rows, ROWS or behind the fork 2 * ROWS. `is_rows` if the batch is axis 0, or the outer
-    part of it, in its order.
-    """
-
-    batch: int
-    is_rows: bool
+    batch: int  # the rows that it was computed from: ROWS, or behind the fork 2 * ROWS
+    is_rows: bool  # whether the batch is axis 0, or the outer part of it, in its order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +55,9 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-    """An operation behind the fork that reduces, splits or reorders the batch.
+    """An operation behind the fork that reduces, splits or reorders the batch."""
 
-    `path` is the innermost module that ran it, None for a forward that was traced through.
-    """
-
-    path: str | None
+    path: str | None  # of the innermost module that ran it; None for a forward that was traced through
     operation: str
     node: str
 
@@ -75,15 +68,13 @@ class ModuleRun:
 
     Attributes:
         path: qualified name of the module.
-        output: shape of the returned tensor; for a list or tuple, the shapes of its items (None for an item that is not
-            a tensor); None for anything else.
+        output: shape of the returned tensor; for a list or tuple, those of its items; None for anything else.
         structure: for a list or tuple, its type and the structures of its items; otherwise None.
         input_shape: shape of the first argument; None if that is not a tensor.
         input_layout: where the batch is in the first tensor of its arguments.
         values: numbers of the returned tensors.
-        first: its first operation, as an index into `Recorder.operations`.
-        last: one past its last operation.
-        flops_before: FLOPs of the network until it was called; `flops`, until it returned.
+        first, last: its first operation, as an index into `Recorder.operations`, and one past its last.
+        flops_before, flops: FLOPs of the network until it was called, and until it returned.
         own_flops: its FLOPs without those of the modules inside it.
     """
 
@@ -174,13 +165,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Record while the context is open, with one hook for all modules: one for each takes longer than a forward."""
-        handles = register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave)
+        before, after = register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave)
         try:
             with dry_run(), self:
                 yield
         finally:
-            for handle in handles:
-                handle.remove()
+            before.remove()
+            after.remove()
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         if module in self._paths:
@@ -192,28 +183,26 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if module not in self._paths:
             return
         path, first, flops_before, runs_before, layout = self._running.pop()
-        inside = [run for run in self.runs[runs_before:] if run.first >= first]
-        self.runs.append(
-            ModuleRun(
-                path=path,
-                output=shape_of(output),
-                structure=structure_of(output),
-                input_shape=first_shape(shape_of(inputs[0])) if inputs else None,
-                input_layout=layout,
-                values=tuple(map(self.number_of, tensors_in(output))),
-                first=first,
-                last=len(self.operations),
-                flops_before=flops_before,
-                flops=self.flops,
-                own_flops=self.flops - flops_before - sum(run.own_flops for run in inside),
-            )
+        inside = sum(run.own_flops for run in self.runs[runs_before:])
+        run = ModuleRun(
+            path=path,
+            output=shape_of(output),
+            structure=structure_of(output),
+            input_shape=first_shape(shape_of(inputs[0])) if inputs else None,
+            input_layout=layout,
+            values=tuple(map(self.number_of, tensors_in(output))),
+            first=first,
+            last=len(self.operations),
+            flops_before=flops_before,
+            flops=self.flops,
+            own_flops=self.flops - flops_before - inside,
         )
+        self.runs.append(run)
 
 
 def record_forward(replica: nn.Module, input_size: Shape) -> tuple[Recorder, Any]:
     """Record a forward on ROWS samples; returns the recorder, in which value 0 is the input, and the output."""
-    recorder = Recorder(replica)
-    x = meta_batch(replica, ROWS, input_size)
+    recorder, x = Recorder(replica), meta_batch(replica, ROWS, input_size)
     recorder.follow(x, Layout(ROWS, True))
     with recorder.recording():
         return recorder, replica(x)

@@ -159,7 +159,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[Callable[[], bool]]:
-    """Restore the CPU's random generators at the end.
+    """Restore the random generators at the end.
 
     The yielded function reports whether Python's or NumPy's was drawn from; with other threads running, which may draw
     from them too, it reports False.
@@ -167,6 +167,7 @@ def random_state_kept() -> Iterator[Callable[[], bool]]:
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     torch_state = torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     numpy_state = numpy.random.get_state() if numpy else ()
 
     def is_drawn() -> bool:
@@ -178,20 +179,33 @@ def random_state_kept() -> Iterator[Callable[[], bool]]:
     finally:
         random.setstate(python_state)
         torch.set_rng_state(torch_state)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
 
 
-class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notices random operations of its thread on tensors with data."""
+class WithoutRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Replace random draws by constants at which dropout, stochastic depth and the like keep everything."""
 
-    seen = False
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if torch.Tag.nondeterministic_seeded in func.tags and not (isinstance(result, Tensor) and result.is_meta):
-            self.seen = True
-        return result
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        name = str(func.overloadpacket.__name__)
+        if name == "native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        names = [argument.name for argument in func._schema.arguments]
+        if "dropout_p" in names:
+            position = names.index("dropout_p")
+            args = (*args[:position], 0.0, *args[position + 1 :]) if position < len(args) else args
+            return func(*args, **{key: value for key, value in kwargs.items() if key != "dropout_p"})
+        result = func(*args, **kwargs)
+        constant = 1.0 if name.startswith("bernoulli") else 0.5 if result.is_floating_point() else 0
+        return result.fill_(constant)
 
 
 def first_shape(output: Shape | list[Shape | None] | None) -> Shape | None:

@@ -26,16 +26,7 @@ from rblock_fx.surgery.trace import MASKS, MaskCall, Trace, trace_forward
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The checked request of the user.
-
-    Attributes:
-        method: name of the method.
-        calibration: "exact", "eq6" or "eq7".
-        batch_norm: "joint" or "per_submodel".
-        sites: the sites in the user's order.
-        drop_probs: one for each of them, in [0, 1).
-        block_sizes: one for each of them, odd.
-    """
+    """The checked arguments of apply_rblock: the sites in the user's order, with a drop rate and a block size each."""
 
     method: str
     calibration: str
@@ -111,7 +102,7 @@ def _probe_plain(trace: Trace, replica: nn.Module, input_size: Shape) -> Probe:
     """Run the model itself and the graph without its masks, and compare them.
 
     Raises:
-        ConversionError: it runs in eval mode only, on samples of this size, or the graph is not the model's forward.
+        ConversionError: it runs in eval mode only, or the graph is not the model's forward.
     """
     name = type(replica).__name__
     try:
@@ -219,8 +210,7 @@ def _halved(trace: Trace, replica: nn.Module, plain: Probe, converted: Probe, ba
 
 def _generate(trace: Trace, fork: Fork, replica: nn.Module) -> tuple[dict[str, Generated], tuple[str, ...]]:
     """The training forwards of the model and of its methods; and the methods that lack a mask."""
-    forking = [*fork.masks, *fork.copies]
-    first = next((node for node in trace.graph.nodes if node in forking), None)
+    first = next((node for node in trace.graph.nodes if node in fork.masks | fork.copies), None)
     comments = {} if first is None else {first.name: "the batch doubles here"}
     ends = {"forward": None} | {name: ends for name, ends in trace.methods.items() if name != "forward"}
     forwards: dict[str, Generated] = {}

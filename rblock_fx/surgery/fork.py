@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from rblock_fx.network.record import PRIME, ROWS, Layout, Recorder
 from rblock_fx.network.replica import Shape, meta_batch, tensors_in
@@ -89,7 +90,8 @@ class Probe(fx.Interpreter):
             return "count" if value and value % PRIME == 0 else "fixed"
         layouts = [self.recorder.layouts.get(id(tensor)) for tensor in tensors_in(value)]
         if not any(layouts):
-            return "fixed"
+            counts = [item for item in pytree.tree_leaves(value) if isinstance(item, int) and item]
+            return "other" if any(count % PRIME == 0 for count in counts) else "fixed"
         # Integers may be the numbers of rows, which differ in a batch of twice as many.
         is_index = isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
         is_rows = layouts[0] is not None and layouts[0].is_rows

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from rblock_fx.errors import ConversionError, first_line
-from rblock_fx.network.replica import Draws, Shape, Structure, random_state_kept
+from rblock_fx.network.replica import Shape, Structure, random_state_kept
 from rblock_fx.network.stages import Site, containers_of
 from rblock_fx.network.survey import Survey
 from rblock_fx.surgery.code import erase_unused, take_constants
 from rblock_fx.surgery.conversion import Guards, forward_of
-from rblock_fx.surgery.watch import Checkpoints, Watch
+from rblock_fx.surgery.watch import Checkpoints, Draws, Watch
 
 # The attribute of a converted model that holds its masks.
 MASKS = "rblock"
@@ -125,9 +125,8 @@ class SiteTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Read a parameter or buffer as a proxy, in the thread that traces."""
-        if threading.get_ident() != self._thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        is_other = threading.get_ident() != self._thread
+        return attr_val if is_other else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Refuse operations in another mode than the whole, which a graph does not record."""
@@ -148,10 +147,9 @@ class SiteTracer(fx.Tracer):
         """Record the output of a method of the model if it is called with the images alone."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            takes_images = len(args) == 1 and not kwargs and isinstance(args[0], fx.Proxy)
-            takes_images = takes_images and args[0].node.op == "placeholder"
+            is_proxy = len(args) == 1 and not kwargs and isinstance(args[0], fx.Proxy)
             output = method(*args, **kwargs)
-            if takes_images and isinstance(output, fx.Proxy):
+            if is_proxy and args[0].node.op == "placeholder" and isinstance(output, fx.Proxy):
                 self.methods[method.__name__] = output.node, next(iter(reversed(self.graph.nodes)))
             return output
 
@@ -183,9 +181,7 @@ class _NoMapError(Exception):
 
 
 def trace_forward(replica: nn.Module, sites: Sequence[Site], survey: Survey) -> Trace:
-    """Trace the training forward of a weightless copy, with activation checkpointing off.
-
-    A second trace finds the modules that would be checkpointed if it were on.
+    """Trace the training forward of a copy; a second trace finds the modules that checkpointing would recompute.
 
     Raises:
         ConversionError: the forward of the model, or of a module around a site, cannot be traced, draws random numbers

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rblock_fx.network.replica import CHECKPOINTING
 from rblock_fx.surgery.conversion import CHILDREN, FUNCTIONS, MODES, Missing, Setting, snapshot
@@ -209,6 +210,18 @@ class Checkpoints:
                 scope[name] = original
             for module, value in switches.items():
                 setattr(module, CHECKPOINTING, value)
+
+
+class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notices random operations of its thread on tensors with data."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags and not (isinstance(result, Tensor) and result.is_meta):
+            self.seen = True
+        return result
 
 
 @functools.lru_cache(maxsize=4096)
