@@ -183,7 +183,7 @@ REFUSED = {
     Normalised: (["layers.\ufb01rst", "c"], "cannot be written in Python code; rename it"),
     WithoutTensors: (["b"], "WithoutTensors returns dict without a tensor"),
     TakesMetadata: (["b"], r"takes 'ages' beside the images, .*torch\.cat\(\[ages, ages\]\)"),
-    NoMapInTraining: (["b.0"], "does not return a tensor|does not run in train mode|cannot be traced"),
+    NoMapInTraining: (["b.0"], "the training forward generated for NoMapInTraining does not run .*choose other sites"),
 }
 LISTED = set(REFUSED) - {WithoutTensors, TakesMetadata}
 
@@ -240,9 +240,13 @@ class RowNumbers(Base):
         return self.fc(maps[rows, :, maps.sum(1).argmax(1)])
 
 
-def test_numbers_of_rows_double_the_input():
+def test_numbers_of_rows_are_right_or_refused():
     plain = RowNumbers().train()
-    model = convert(copy.deepcopy(plain), drop_prob=0.5)
+    try:
+        model = convert(copy.deepcopy(plain), drop_prob=0.5)
+    except ConversionError as error:
+        assert "relates the samples of a batch" in str(error)  # noqa: PT017
+        return
     x = torch.randn(3, 3, 32, 32)
     with recorded_masks(model) as masks:
         output = model(x)
