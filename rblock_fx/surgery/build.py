@@ -42,8 +42,7 @@ def build(replica: nn.Module, request: Request, survey: Survey) -> RBlock:
 
     Args:
         replica: the copy; it gets a copy of the masks, nothing else changes.
-        request: the checked settings and sites.
-        survey: the recorded forward of the copy.
+        request: the checked settings and sites; survey: the recorded forward of the copy.
 
     Raises:
         ConversionError: the forward cannot be traced, or does not return the rows of both sub-models in every output.
@@ -69,7 +68,7 @@ def build(replica: nn.Module, request: Request, survey: Survey) -> RBlock:
         batch_norm=request.batch_norm,
         input_size=survey.input_size,
         masks=tuple((site, tuple(call.name for call in trace.masks.values() if call.site == site)) for site in sites),
-        order=tuple(map(list(request.sites).index, sites)),
+        order=tuple(map(request.sites.index, sites)),
         forwards=forwards,
         maskless=maskless,
         specialised=trace.specialised,
@@ -82,7 +81,7 @@ def build(replica: nn.Module, request: Request, survey: Survey) -> RBlock:
 
 
 def _make_mask(call: MaskCall, request: Request, *, forks: bool) -> Mask:
-    position = list(request.sites).index(call.site)
+    position = request.sites.index(call.site)
     return METHODS[request.method](
         drop_prob=float(request.drop_probs[position]),
         block_size=int(request.block_sizes[position]),
