@@ -64,7 +64,7 @@ SETTINGS = [
         for value in (0, 2, -3, 3.0, "3", True, None)
     ],
     ({"method": "c-drop", "drop_prob": 0.6}, r"drop_prob must be at most 0.5 for method='c-drop', .*got 0.6"),
-    ({"calibration": "eq7", "block_size": 7}, r"calibration='eq7' has no value for block_size=7 on a map of 5x5"),
+    ({"calibration": "eq7", "block_size": 7}, r"calibration='eq7' needs every side of the map >= block_size, got block_size=7 on a map of 5x5"),
 ]
 
 

@@ -68,8 +68,8 @@ def test_the_peak_is_that_of_an_ideal_late_fork(name, method):
     step = bench_memory.Step(name, method, 16, "cpu")
     measured = step.measure()
     ideal = bench_memory.Step(name, "plain", 16, "cpu").ideal(*step.first_site())
-    assert measured["peak"] <= 1.02 * ideal["ideal_peak"]
-    assert measured["activations"] <= 1.02 * ideal["ideal_activations"]
+    assert measured["peak"] <= 1.05 * ideal["ideal_peak"]
+    assert measured["activations"] <= 1.05 * ideal["ideal_activations"]
     plain = bench_memory.Step(name, "plain", 16, "cpu").measure()
     twice = bench_memory.Step(name, "two forwards", 16, "cpu").measure()
     assert plain["activations"] < measured["activations"] < twice["activations"]

@@ -48,7 +48,7 @@ STAGES = {
     "fcn_resnet50": ["backbone.layer1", "backbone.layer4"],
     "deeplabv3_resnet50": ["backbone.layer1", "backbone.layer4"],
     "deeplabv3_mobilenet_v3_large": ["backbone.1", "backbone.3", "backbone.6", "backbone.15"],
-    "lraspp_mobilenet_v3_large": ["backbone.1", "backbone.3", "backbone.4"],
+    "lraspp_mobilenet_v3_large": ["backbone.1", "backbone.3", "backbone.6", "backbone.15"],
     "r3d_18": ["layer1", "layer2", "layer3", "layer4"],
     "mc3_18": ["layer1", "layer2", "layer3", "layer4"],
     "r2plus1d_18": ["layer1", "layer2", "layer3", "layer4"],
