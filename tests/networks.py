@@ -31,7 +31,10 @@ class Net(nn.Module):
 def state_of(model):
     """What an error must leave as it was."""
     return (
-        [(name, id(m), type(m), m.training, sorted(vars(m)), len(m._forward_hooks)) for name, m in model.named_modules()],
+        [
+            (name, id(m), type(m), m.training, sorted(vars(m)), len(m._forward_hooks))
+            for name, m in model.named_modules()
+        ],
         [
             (name, id(tensor), tensor.device, tensor._version)
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]

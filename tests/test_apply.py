@@ -227,9 +227,7 @@ def test_checkpoints_load_into_the_plain_model_and_back():
     plain.load_state_dict(model.state_dict(), strict=True)
     model.load_state_dict(plain.state_dict(), strict=True)
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
-    assert [name for name, _ in model.named_buffers()] == [
-        name for name, _ in plain.named_buffers()
-    ]
+    assert [name for name, _ in model.named_buffers()] == [name for name, _ in plain.named_buffers()]
     assert model.pretrained_cfg == plain.pretrained_cfg
     assert model.get_classifier() is model.fc
 

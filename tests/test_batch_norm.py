@@ -376,7 +376,9 @@ class NormBeforeAndBehind(nn.Module):
 
 
 def test_rejects_a_layer_that_runs_before_and_behind_the_fork():
-    with pytest.raises(ConversionError, match="'norm' must run on each sub-model alone, but it also runs before the fork"):
+    with pytest.raises(
+        ConversionError, match="'norm' must run on each sub-model alone, but it also runs before the fork"
+    ):
         apply_rblock(NormBeforeAndBehind(), "second", batch_norm="per_submodel", input_size=(3, 8, 8))
     assert len(apply_rblock(NormBeforeAndBehind(), "second", input_size=(3, 8, 8))(torch.randn(2, 3, 8, 8))) == 4
     model = apply_rblock(NormBeforeAndBehind(), "first", batch_norm="per_submodel", input_size=(3, 8, 8))

@@ -64,7 +64,10 @@ SETTINGS = [
         for value in (0, 2, -3, 3.0, "3", True, None)
     ],
     ({"method": "c-drop", "drop_prob": 0.6}, r"drop_prob must be at most 0.5 for method='c-drop', .*got 0.6"),
-    ({"calibration": "eq7", "block_size": 7}, r"calibration='eq7' needs every side of the map >= block_size, got block_size=7 on a map of 5x5"),
+    (
+        {"calibration": "eq7", "block_size": 7},
+        r"calibration='eq7' needs every side of the map >= block_size, got block_size=7 on a map of 5x5",
+    ),
 ]
 
 
@@ -276,7 +279,8 @@ def test_rejects_outputs_without_rows():
             return self.stage(x).sum(0, keepdim=True)
 
     with pytest.raises(
-        ConversionError, match=r"generated for Mixing returns \(1, 3, 8, 8\), expected \(2, 3, 8, 8\) with the batch as the first axis"
+        ConversionError,
+        match=r"generated for Mixing returns \(1, 3, 8, 8\), expected \(2, 3, 8, 8\) with the batch as the first axis",
     ):
         apply_rblock(Mixing(), "stage", input_size=(3, 8, 8))
 

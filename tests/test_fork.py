@@ -210,7 +210,8 @@ def test_guards_specialised_arguments():
     x = torch.randn(2, 3, 8, 8)
     for call in (lambda: model(x, mask=torch.ones(2, 1, 8, 8)), lambda: model(x, 1.0, torch.ones(2, 1, 8, 8))):
         with pytest.raises(
-            ConversionError, match=r"converted with mask=None, got mask of type Tensor; .* call model\(images\) without it"
+            ConversionError,
+            match=r"converted with mask=None, got mask of type Tensor; .* call model\(images\) without it",
         ):
             call()
     with pytest.raises(ConversionError, match=r"converted with scale=1\.0"):

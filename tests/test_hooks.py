@@ -83,7 +83,9 @@ def test_hooks_on_mask_modules_run_in_call_order():
     calls = []
     for site in describe(model).sites:
         for mask in site.masks:
-            mask.register_forward_hook(lambda _m, inputs, out, path=site.path: calls.append((path, len(inputs[0]), len(out))))
+            mask.register_forward_hook(
+                lambda _m, inputs, out, path=site.path: calls.append((path, len(inputs[0]), len(out)))
+            )
     model(torch.randn(2, 3, 64, 64))
     assert calls == [("layer2", 2, 4), ("layer3.0", 4, 4)]
     model.eval()(torch.randn(2, 3, 64, 64))

@@ -157,7 +157,9 @@ def two_forwards(plain, sites, masks, x):
 
 
 def leaves(output):
-    return [output] if isinstance(output, torch.Tensor) else list(output.values() if isinstance(output, dict) else output)
+    return (
+        [output] if isinstance(output, torch.Tensor) else list(output.values() if isinstance(output, dict) else output)
+    )
 
 
 def compare(drawn, seed, method):

@@ -151,7 +151,7 @@ def main():
         families = smallest_of_each_family(options.cache)
         models = [model for family, model in families.items() if fnmatch.fnmatch(family, options.only)]
         suite = Suite(models[: options.families])
-        quiet = ["-qq", "--capture=sys", "--no-header", "--no-summary", "-p", "no:cacheprovider", "-W", "ignore", "--tb=no"]
+        quiet = ["--capture=sys", "-p", "no:terminal", "-p", "no:cacheprovider", "-W", "ignore"]
         pytest.main([str(path), *quiet, "-c", "/dev/null", "--rootdir", str(path.parent)], plugins=[suite])
     print(suite.summary())
     sys.exit(bool(suite.outcomes["failed"]) or not suite.outcomes["passed"])
