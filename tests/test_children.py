@@ -68,9 +68,9 @@ def test_networks_cut_by_children_are_the_plain_ones(cut):
     [
         ("test_resnet", {}),
         ("test_efficientnet", {"out_indices": (1, 3)}),
-        ("test_byobnet", {"feature_cls": "fx"}),
+        ("test_byobnet", {}),
         ("test_convnext", {}),
-        ("test_vgg" if timm.is_model("test_vgg") else "vgg11", {}),
+        ("vgg11", {}),
     ],
 )
 def test_features_only_models_evaluate_and_train(name, options):

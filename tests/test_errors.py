@@ -146,7 +146,7 @@ def test_rejects_an_input_size_that_does_not_fit(resnet):
         apply_rblock(resnet, input_size=(5, 32, 32))
     with pytest.raises(SettingError, match=r"input_size must be the shape of one sample, .* got \(3,\); e.g."):
         apply_rblock(resnet, input_size=(3,))
-    with pytest.raises(SettingError, match="input_size must be the shape of one sample, .* got 64"):
+    with pytest.raises(SettingError, match=r"input_size must be the shape of one sample, .* got 64"):
         apply_rblock(resnet, input_size=64)
     with pytest.raises(SettingError, match=r"input_size must be the shape of one sample, .* got \(3, 0, 32\)"):
         apply_rblock(resnet, input_size=(3, 0, 32))

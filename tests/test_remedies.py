@@ -1,4 +1,4 @@
-"""Uses that must work or name a remedy: arguments, outputs, names, parametrizations, other contexts, blocks that fit."""
+"""Uses that work or name a remedy: arguments, outputs, names, parametrizations, contexts, blocks that do not fit."""
 
 import copy
 import dataclasses
@@ -151,7 +151,7 @@ def test_sizes_may_be_numpy_integers():
         assert describe(model).sites[0].drop_prob == 0.25
 
 
-def test_conversion_under_a_device_context_keeps_the_masks_with_the_model():
+def test_conversion_under_a_device_context():
     plain = Net()
     with torch.device("meta"):
         model = apply_rblock(plain, ["b"], drop_prob=0.0, input_size=SIZE)
@@ -231,7 +231,7 @@ class ChecksSize(nn.Module):
         return nn.functional.interpolate(self.head(self.trunk(x)[-1]), x.shape[-2:])
 
 
-def test_a_forward_that_checks_sizes_names_the_part_that_converts():
+def test_a_forward_that_checks_sizes_names_a_part():
     model = ChecksSize()
     model.head = nn.LazyConv2d(2, 1)
     model(torch.randn(1, 3, 64, 64))

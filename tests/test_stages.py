@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.zoo_models import build, build_without_weights
+from benchmarks.zoo_models import build_without_weights
 from rblock_fx import SiteError, apply_rblock, describe, list_sites, split_pair
 from tests.oracles import Maps
 

@@ -74,7 +74,7 @@ def smallest_of_each_family(cache):
     return smallest
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """apply_rblock refused the model."""
 
 
@@ -100,7 +100,7 @@ class Suite:
     def create_converted(self, *args, **kwargs):
         key = repr((args, {name: kwargs[name] for name in kwargs if name != "num_classes"}))
         if key in self.refusals:
-            raise Refusal(self.refusals[key])
+            raise RefusalError(self.refusals[key])
         model = timm.create_model(*args, **kwargs)
         try:
             with warnings.catch_warnings():
@@ -108,7 +108,7 @@ class Suite:
                 return apply_rblock(model)
         except RBlockError as error:
             self.refusals[key] = f"{type(error).__name__}: {error}"
-            raise Refusal(self.refusals[key]) from error
+            raise RefusalError(self.refusals[key]) from error
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
@@ -117,7 +117,7 @@ class Suite:
             test, model = item.originalname, item.callspec.params["model_name"]
             error = call.excinfo.value if call.excinfo else None
             outcome, reason = "passed", ""
-            if isinstance(error, Refusal) or (isinstance(error, RBlockError) and test in MAY_BE_REFUSED):
+            if isinstance(error, RefusalError) or (isinstance(error, RBlockError) and test in MAY_BE_REFUSED):
                 outcome, reason = "refused", str(error)
                 report.outcome, report.longrepr = "skipped", (str(item.path), 0, reason)
             elif isinstance(error, pytest.skip.Exception):
