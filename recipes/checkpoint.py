@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -270,13 +270,12 @@ def read_checked(folder: Path) -> dict[str, Any]:
         RecipeError: there is no checkpoint, or one of another format.
         DamagedError: a file is missing, or differs from what was written; names it.
     """
-    if not (folder / STATE_FILE).is_file() or not (folder / SUMS_FILE).is_file():
-        with suppress(OSError, ValueError, AttributeError):
-            if "config" in json.loads((folder / STATE_FILE).read_text()):
-                raise RecipeError(f"resume: {folder} has format 1 and no checksums; this version reads format {FORMAT}")
-        lacking = STATE_FILE if not (folder / STATE_FILE).is_file() else SUMS_FILE
+    lacking = [name for name in (STATE_FILE, SUMS_FILE) if not (folder / name).is_file()]
+    if lacking == [SUMS_FILE] and '"format"' not in (folder / STATE_FILE).read_text(errors="replace"):
+        raise RecipeError(f"resume: {folder} has format 1, without checksums; this version reads format {FORMAT}")
+    if lacking:
         raise DamagedError(
-            f"resume: {folder} is not a complete checkpoint (no {lacking}); use --resume auto, or a folder that a "
+            f"resume: {folder} is not a complete checkpoint (no {lacking[0]}); use --resume auto, or a folder that a "
             "run wrote, e.g. --resume runs/digits/checkpoint"
         )
     try:

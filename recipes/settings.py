@@ -1,6 +1,7 @@
 """How a script reads its settings, reports a user's mistake, and listens for a signal."""
 
 import difflib
+import json
 import os
 import signal
 import sys
@@ -75,15 +76,11 @@ def parse(settings: type, arguments: list[str] | None = None, description: str |
         values = make_parser(settings, description).parse_args(arguments).as_dict()
     except ArgumentError as error:
         message = " ".join(str(error).split())
-        words = {word.strip("-'\",") for word in message.replace("=", " ").split()}
-        known = [item.name for item in fields(settings)]
-        close = [suggest(word, known) for word in words if word.isidentifier() and word not in known]
-        hint = next((text for text in close if text), "")
-        if "unrecognized" not in message and "not accepted" not in message:
-            hint = ""
+        unknown = next((word for word in message.split() if word.startswith(("--", "'"))), "").strip("-'")
+        hint = suggest(unknown, [item.name for item in fields(settings)]) if unknown.isidentifier() else ""
         raise RecipeError(f"{message}{'; ' + hint if hint else ''}") from error
     values.pop("config")
-    return settings(**values)
+    return settings(**json.loads(json.dumps(values)))  # plain numbers: a pickle of a restricted type cannot be read
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
