@@ -21,6 +21,10 @@ class PairError(RBlockError):
     """An output or a target does not have the rows of a pair of sub-models."""
 
 
+class RBlockWarning(UserWarning):
+    """A use that is valid but probably not intended, for example a training step without a pair."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, without its pages of advice."""
     return str(error).splitlines()[0] if str(error) else ""

@@ -1,8 +1,7 @@
-"""Checking what the user asked for, before anything is done."""
+"""Check the user's settings before the model is touched."""
 
 import dataclasses
 import difflib
-import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -26,17 +25,17 @@ class Settings:
 
     @property
     def mask_class(self) -> type[Mask]:
-        """What the method draws."""
+        """The mask class of the method."""
         return METHODS[self.method]
 
 
 def check_settings(
     method: str, drop_prob: float | Sequence[float], block_size: int | Sequence[int], calibration: str, batch_norm: str
 ) -> Settings:
-    """Check every setting that can be checked without the model.
+    """Check all settings that do not depend on the model.
 
     Raises:
-        SettingError: an unknown name or a value outside its range.
+        SettingError: a name is unknown or a value is outside its range.
     """
     _check_choice("method", method, tuple(METHODS))
     _check_choice("calibration", calibration, CALIBRATIONS)
@@ -44,55 +43,65 @@ def check_settings(
     for value in _as_values(drop_prob):
         check_drop_prob(value, method)
     for size in _as_values(block_size):
-        if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1 or size % 2 == 0:
-            raise SettingError(
-                f"block_size={size!r} is no odd positive integer: a block needs a centre, e.g. block_size=3"
-            )
+        if not is_integer(size) or size < 1 or size % 2 == 0:
+            raise SettingError(f"apply_rblock: block_size must be an odd positive integer, got {show(size)}")
     return Settings(method, calibration, batch_norm, drop_prob, block_size)
 
 
-def check_drop_prob(value: Any, method: str) -> None:
-    """Check one drop probability.
+def check_drop_prob(value: Any, method: str, call: str = "apply_rblock") -> None:
+    """Check one drop probability; `call` starts the message.
 
     Raises:
-        SettingError: no number, not in [0, 1), or above what the method can do.
+        SettingError: value is not a number in [0, 1), or exceeds the method's largest drop probability.
     """
+    if not is_real(value) or not 0 <= value < 1:
+        hint = f" (did you mean {float(value) / 100:g}?)" if is_real(value) and 1 < value < 100 else ""
+        raise SettingError(f"{call}: drop_prob must be in [0, 1), got {show(value)}{hint}")
     largest = METHODS[method].largest_drop_prob
-    if isinstance(value, bool) or not is_real(value) or math.isnan(value) or not 0 <= value < 1:
-        raise SettingError(f"drop_prob={value!r} is no probability in [0, 1), e.g. drop_prob=0.2")
     if value > largest:
         raise SettingError(
-            f"drop_prob={value!r} is too large for method={method!r}, whose two sub-models drop disjoint sets of that "
-            f"size each; expected at most {largest}"
+            f"{call}: drop_prob must be at most {largest} for method={method!r}, whose sub-models drop disjoint sets "
+            f"of that size, got {show(value)}"
         )
 
 
 def is_real(value: Any) -> bool:
-    """Whether a value is a number that compares, NumPy's included."""
-    return isinstance(value, numbers.Real)
+    """Whether value is a real number, NumPy's included, and not a bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def one_per_site(name: str, value: Any, sites: int) -> list[Any]:
-    """Spread one value over the sites, or check that there is one per site.
+def is_integer(value: Any) -> bool:
+    """Whether value is an integer, NumPy's included, and not a bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def show(value: Any) -> str:
+    """Format a number as its value, without NumPy's type, and anything else as its repr."""
+    return f"{value}" if isinstance(value, numbers.Real) else repr(value)
+
+
+def one_per_site(name: str, value: Any, sites: int, call: str = "apply_rblock") -> list[Any]:
+    """Repeat one value for all sites, or check that there is one value per site.
 
     Raises:
-        SettingError: another number of values.
+        SettingError: the number of values differs from the number of sites.
     """
     values = _as_values(value)
     if len(values) == 1 and values[0] is value:
         return values * sites
     if len(values) != sites:
-        raise SettingError(f"{name} has {len(values)} values {values} for {sites} sites; give one value, or {sites}")
+        shown = ", ".join(map(show, values))
+        raise SettingError(f"{call}: {name} must be one value or one per site ({sites}), got {len(values)}: [{shown}]")
     return values
 
 
 def _as_values(value: Any) -> list[Any]:
-    """The values of a list or tuple; anything else is one value."""
+    """The values of a list or tuple; any other object is one value."""
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise SettingError(f"unknown {name} {value!r}; expected one of {', '.join(map(repr, choices))}{hint}")
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise SettingError(f"apply_rblock: {name} must be one of {', '.join(choices)}, got {value!r}{hint}")

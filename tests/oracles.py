@@ -56,29 +56,34 @@ def opened(dropped, block_size):
     return scipy.ndimage.binary_opening(padded, structure)[tuple(slice(k, -k or None) for _ in dropped.shape)]
 
 
-def rblock_loss(logits, target, alpha, temperature, reduction="sum"):
-    """Eq. 1-5, term by term; logits (2N, K), target (N,) of indices or (N, K) of probabilities."""
-    logits = np.asarray(logits, np.float64)
-    halves = np.split(logits, 2)
-    p = [scipy.special.softmax(z / temperature, axis=1) for z in halves]
+def agreement(first, second, divergence, temperature):
+    """One value for each row of (N, K): KL(p_1 || p_2) + KL(p_2 || p_1) times T^2, or twice the squared distance."""
+    if divergence == "mse":
+        return 2 * ((first - second) ** 2).mean(1)
+    if divergence == "softmax":
+        p, q = (scipy.special.softmax(z / temperature, axis=1) for z in (first, second))
+    else:  # yes and no of every label
+        p, q = (scipy.special.expit(np.concatenate((z, -z), axis=1) / temperature) for z in (first, second))
+    return temperature**2 * (scipy.special.rel_entr(p, q) + scipy.special.rel_entr(q, p)).sum(1)
+
+
+def cross_entropies(logits, target):
+    """One value for each row of (N, K); target (N,) of indices, where -100 adds 0, or (N, K) of probabilities."""
     target = np.asarray(target)
     if target.ndim == 1:
-        target = np.eye(logits.shape[1])[target]
-    total = 0.0
-    for i in range(2):
-        j = 1 - i
-        cross_entropy = -(target * scipy.special.log_softmax(halves[i], axis=1)).sum(1)
-        divergence = scipy.special.rel_entr(p[j], p[i]).sum(1)
-        total += ((1 - alpha) * cross_entropy + alpha * temperature**2 * divergence).mean()
-    return total if reduction == "sum" else total / 2
+        target = np.eye(logits.shape[1])[np.maximum(target, 0)] * (target[:, None] >= 0)
+    return -(target * scipy.special.log_softmax(logits, axis=1)).sum(1)
 
 
-def rblock_loss_with_auxiliary(main, auxiliary, target, alpha, temperature, reduction="sum"):
-    """Eq. 1-5 of the main logits, and weight * cross-entropy of both halves of each (weight, logits (2N, K))."""
-    total = rblock_loss(main, target, alpha, temperature)
-    for weight, logits in auxiliary:
-        total += weight * rblock_loss(logits, target, alpha=0, temperature=1)
-    return total if reduction == "sum" else total / 2
+def rblock_loss(logits, target, alpha, temperature, combine="mean", auxiliary=()):
+    """Eq. 1-5, term by term; logits (2N, K); `auxiliary` has pairs of a weight and logits (2N, K)."""
+    halves = np.split(np.asarray(logits, np.float64), 2)
+    total = sum((1 - alpha) * cross_entropies(half, target).mean() for half in halves)
+    total += alpha * agreement(*halves, "softmax", temperature).mean()
+    for weight, others in auxiliary:
+        for half in np.split(np.asarray(others, np.float64), 2):
+            total += weight * cross_entropies(half, target).mean()
+    return total if combine == "sum" else total / 2
 
 
 class Maps(nn.Module):

@@ -1,196 +1,175 @@
+"""RBlockLoss against Eq. 1-5 in NumPy, for every divergence, reduction, and kind of target."""
+
 import numpy as np
 import pytest
-import timm.loss
+import scipy.special
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rblock_fx import PairError, RBlockLoss, SettingError, split_pair
-from tests.oracles import rblock_loss
+from rblock_fx import PairError, RBlockLoss, SettingError
+from tests.oracles import agreement, cross_entropies, rblock_loss
 
-cases = st.tuples(st.integers(0, 2**31), st.integers(1, 6), st.integers(2, 7), st.floats(0, 1), st.floats(0.3, 8))
+CASES = st.tuples(st.integers(0, 2**31), st.integers(1, 6), st.integers(2, 7), st.floats(0, 1), st.floats(0.3, 8))
+COMBINE = st.sampled_from(["mean", "sum"])
 
 
-def drawn(seed, rows, classes):
+def draw(seed, rows, classes):
     rng = np.random.default_rng(seed)
     return rng.normal(0, 3, (2 * rows, classes)), rng.integers(0, classes, rows), rng.dirichlet(np.ones(classes), rows)
 
 
-@given(cases, st.sampled_from(["sum", "mean"]))
-def test_equations_1_to_5_with_class_indices(case, reduction):
+@given(CASES, COMBINE, st.booleans())
+def test_class_indices_and_probabilities_match_eq_1_to_5(case, combine, soft):
     seed, rows, classes, alpha, temperature = case
-    logits, indices, _ = drawn(seed, rows, classes)
-    loss = RBlockLoss(alpha=alpha, temperature=temperature, reduction=reduction)
-    got = loss(torch.tensor(logits), torch.tensor(indices)).item()
-    assert got == pytest.approx(rblock_loss(logits, indices, alpha, temperature, reduction), rel=1e-9)
-    single = loss(torch.tensor(logits, dtype=torch.float32), torch.tensor(indices)).item()
-    assert single == pytest.approx(got, rel=2e-4, abs=1e-4)
+    logits, indices, probabilities = draw(seed, rows, classes)
+    target = probabilities if soft else indices
+    loss = RBlockLoss(alpha=alpha, temperature=temperature, combine=combine)
+    got = loss(torch.tensor(logits), torch.tensor(target))
+    assert got.dtype == torch.float64
+    assert got.item() == pytest.approx(rblock_loss(logits, target, alpha, temperature, combine), rel=1e-9)
 
 
-@given(cases)
-def test_equations_1_to_5_with_probabilities(case):
-    seed, rows, classes, alpha, temperature = case
-    logits, _, probabilities = drawn(seed, rows, classes)
-    loss = RBlockLoss(alpha=alpha, temperature=temperature)
-    got = loss(torch.tensor(logits), torch.tensor(probabilities)).item()
-    assert got == pytest.approx(rblock_loss(logits, probabilities, alpha, temperature), rel=1e-9)
-
-
-@given(cases)
-def test_dense_outputs_are_samples_at_every_position(case):
+@given(CASES)
+def test_every_position_of_a_dense_output_is_a_sample(case):
     seed, rows, classes, alpha, temperature = case
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2 * rows, classes, 3, 2, generator=generator, dtype=torch.double)
     target = torch.randint(classes, (rows, 3, 2), generator=generator)
-    loss = RBlockLoss(alpha=alpha, temperature=temperature)
-    positions = [z.movedim(1, -1).reshape(-1, classes) for z in logits.chunk(2)]
-    expected = rblock_loss(torch.cat(positions), target.flatten(), alpha, temperature)
-    assert loss(logits, target).item() == pytest.approx(expected, rel=1e-9)
+    positions = torch.cat([z.movedim(1, -1).reshape(-1, classes) for z in logits.chunk(2)])
+    expected = rblock_loss(positions, target.flatten(), alpha, temperature)
+    assert RBlockLoss(alpha=alpha, temperature=temperature)(logits, target).item() == pytest.approx(expected, rel=1e-9)
 
 
-@given(cases)
-def test_equal_sub_models_leave_the_criterion_alone(case):
+@given(CASES, st.sampled_from(["bernoulli", "mse"]), COMBINE, st.sampled_from([(), (2,), (3, 2)]))
+def test_labels_and_regression_match_their_divergence(case, kind, combine, positions):
+    seed, rows, width, alpha, temperature = case
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (2 * rows, width - 1, *positions))
+    target = rng.integers(0, 2, (rows, width - 1, *positions)).astype(float)
+    criterion = nn.BCEWithLogitsLoss() if kind == "bernoulli" else nn.MSELoss()
+    got = RBlockLoss(criterion, alpha=alpha, temperature=temperature, combine=combine)(
+        *map(torch.tensor, (logits, target))
+    )
+    first, second = (np.moveaxis(z, 1, -1).reshape(-1, width - 1) for z in np.split(logits, 2))
+    plain = 0
+    for half in np.split(logits, 2):
+        log_loss = np.logaddexp(0, np.where(target == 1, -half, half))
+        plain += (log_loss if kind == "bernoulli" else (half - target) ** 2).mean()
+    both = (1 - alpha) * plain + alpha * agreement(first, second, kind, temperature).mean()
+    assert got.item() == pytest.approx(both if combine == "sum" else both / 2, rel=1e-9)
+
+
+@given(CASES)
+def test_the_two_halves_are_exchangeable(case):
     seed, rows, classes, alpha, temperature = case
-    logits, indices, _ = drawn(seed, rows, classes)
-    half = torch.tensor(logits[:rows])
-    loss = RBlockLoss(alpha=alpha, temperature=temperature)(torch.cat((half, half)), torch.tensor(indices))
-    assert loss.item() == pytest.approx(2 * (1 - alpha) * F.cross_entropy(half, torch.tensor(indices)).item(), rel=1e-9)
-
-
-@given(cases)
-def test_the_halves_are_exchangeable(case):
-    seed, rows, classes, alpha, temperature = case
-    logits, indices, _ = drawn(seed, rows, classes)
+    logits, indices, _ = draw(seed, rows, classes)
     first, second = torch.tensor(logits).chunk(2)
     loss = RBlockLoss(alpha=alpha, temperature=temperature)
-    target = torch.tensor(indices)
-    assert loss(torch.cat((first, second)), target).item() == pytest.approx(
-        loss(torch.cat((second, first)), target).item()
-    )
+    here, there = (loss(torch.cat(halves), torch.tensor(indices)) for halves in ((first, second), (second, first)))
+    assert here.item() == pytest.approx(there.item())
 
 
-def test_gradients_flow_through_both_distributions():
+@pytest.mark.parametrize("divergence", ["softmax", "bernoulli", "mse"])
+def test_gradients_flow_through_both_halves(divergence):
     logits = torch.randn(6, 4, dtype=torch.double, requires_grad=True)
     target = torch.randint(4, (3,))
-    assert torch.autograd.gradcheck(lambda z: RBlockLoss(alpha=0.5)(z, target), (logits,))
-    RBlockLoss(alpha=1.0)(logits, target).backward()
+    loss = RBlockLoss(alpha=0.5, divergence=divergence)
+    assert torch.autograd.gradcheck(lambda z: loss(z, target), (logits,))
+    RBlockLoss(alpha=1.0, divergence=divergence)(logits, target).backward()
     assert (logits.grad.abs().sum(1) > 0).all()
 
 
-@pytest.mark.parametrize(
-    "criterion",
-    [
-        None,
-        nn.CrossEntropyLoss(label_smoothing=0.1, weight=torch.tensor([1.0, 2.0, 3.0])),
-        timm.loss.LabelSmoothingCrossEntropy(0.1),
-        lambda logits, target: F.multi_margin_loss(logits, target),
-    ],
-)
-def test_any_criterion_is_wrapped_and_is_itself_on_n_logits(criterion):
-    logits, target = torch.randn(8, 3), torch.randint(3, (8,))
-    plain = criterion or F.cross_entropy
-    loss = RBlockLoss(criterion, alpha=0.25, temperature=2.0)
-    assert loss(logits, target).item() == plain(logits, target).item()
-    first, second = logits.chunk(2)
-    expected = 0.75 * (plain(first, target[:4]) + plain(second, target[:4]))
-    without = RBlockLoss(alpha=1.0, temperature=2.0)(logits, target[:4])
-    assert loss(logits, target[:4]).item() == pytest.approx((expected + 0.25 * without).item(), rel=1e-5)
-
-
-def test_soft_targets_of_mixup_reach_timms_criterion():
-    logits, target = torch.randn(8, 3), torch.softmax(torch.randn(4, 3), 1)
-    loss = RBlockLoss(timm.loss.SoftTargetCrossEntropy(), alpha=0.1, temperature=3.0)(logits, target)
-    assert loss.item() == pytest.approx(rblock_loss(logits, target, 0.1, 3.0), rel=1e-5)
-
-
-def test_classes_that_both_sub_models_rule_out_do_not_count():
+@pytest.mark.parametrize("divergence", ["softmax", "bernoulli"])
+def test_classes_ruled_out_by_both_halves_do_not_count(divergence):
     logits = torch.randn(6, 4)
     logits[:, 3] = -torch.inf
     logits.requires_grad_()
     target = torch.randint(3, (3,))
-    loss = RBlockLoss(alpha=0.5)(logits, target)
-    assert loss.item() == pytest.approx(RBlockLoss(alpha=0.5)(logits[:, :3], target).item())
-    loss.backward()
+    loss = RBlockLoss(alpha=0.5, divergence=divergence)
+    whole = loss(logits, target)
+    assert whole.item() == pytest.approx(loss(logits[:, :3], target).item())
+    whole.backward()
     assert torch.isfinite(logits.grad).all()
 
 
-def test_the_terms_add_up_to_the_loss():
-    logits, target = torch.randn(8, 3), torch.randint(3, (4,))
-    loss = RBlockLoss(alpha=0.3, temperature=2.0)
-    criterion, divergence = loss.terms(logits, target)
-    assert loss(logits, target).item() == pytest.approx((0.7 * criterion + 0.3 * 4 * divergence).item())
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_are_computed_on_in_float32(dtype):
+def test_half_precision_is_computed_in_float32(dtype):
     logits, target = (20 * torch.randn(8, 1000)).to(dtype), torch.randint(1000, (4,))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = RBlockLoss()(logits, target)
-    assert loss.dtype == torch.float32
+        soft = RBlockLoss()(logits, torch.full((4, 1000), 0.1 / 999).scatter(1, target[:, None], 0.9).to(dtype))
+    assert loss.dtype == soft.dtype == torch.float32
     assert loss.item() == pytest.approx(rblock_loss(logits.double(), target, 0.1, 3.0), rel=1e-4)
 
 
-def test_the_criterion_is_a_child_and_shows():
-    loss = RBlockLoss(nn.CrossEntropyLoss(), alpha=0.2)
-    assert isinstance(loss.criterion, nn.CrossEntropyLoss)
-    assert "alpha=0.2, temperature=3, reduction='sum'" in repr(loss)
+def test_a_callable_gets_both_outputs_without_temperature():
+    logits, target = torch.randn(8, 3), torch.randint(3, (4,))
+    got = RBlockLoss(alpha=0.25, divergence=F.mse_loss)(logits, target)
+    assert got.item() == pytest.approx(RBlockLoss(alpha=0.25, divergence="mse")(logits, target).item())
+    calls = []
+    RBlockLoss(divergence=lambda *halves: calls.append(halves) or halves[0].mean())(logits, target)
+    assert [torch.equal(half, given) for half, given in zip(logits.chunk(2), calls[0], strict=True)] == [True, True]
 
 
-@pytest.mark.parametrize("rows", [3, 5, 12])
-def test_other_ratios_of_logits_to_targets_are_refused(rows):
-    with pytest.raises(PairError, match=rf"got {rows} logits \({rows}, 3\) for 4 targets; expected 8 .* or 4"):
-        RBlockLoss()(torch.randn(rows, 3), torch.randint(3, (4,)))
+@given(CASES)
+def test_terms_are_the_unweighted_sums_over_sub_models(case):
+    seed, rows, classes, _, temperature = case
+    logits, target, _ = draw(seed, rows, classes)
+    criterion, divergence = RBlockLoss(temperature=temperature).terms(torch.tensor(logits), torch.tensor(target))
+    first, second = np.split(logits, 2)
+    assert criterion.item() == pytest.approx(sum(cross_entropies(half, target).mean() for half in (first, second)))
+    p, q = (scipy.special.softmax(half / temperature, axis=1) for half in (first, second))
+    assert divergence.item() == pytest.approx(((p - q) * np.log(p / q)).sum(1).mean(), rel=1e-6, abs=1e-12)
 
 
-def test_outputs_and_targets_that_are_no_tensors_are_refused():
-    with pytest.raises(PairError, match=r"got str\. Pass a tensor, or a dict .*criterion\(model\(images\), labels\)"):
-        RBlockLoss()("logits", torch.randint(3, (2,)))
-    with pytest.raises(PairError, match=r"expected logits of \(2N, classes, \.\.\.\), got dict in 'out'"):
-        RBlockLoss()({"out": {"logits": torch.randn(4, 3)}}, torch.randint(3, (2,)))
-    with pytest.raises(PairError, match=r"expected logits of \(2N, classes, \.\.\.\), got \(4,\)"):
-        RBlockLoss()(torch.randn(4), torch.randint(3, (2,)))
-    with pytest.raises(PairError, match="expected targets with N rows, got list without any"):
-        RBlockLoss()(torch.randn(4, 3), [1, 2])
-    with pytest.raises(PairError, match="4 logits for 4 targets are one model's output"):
-        RBlockLoss().terms(torch.randn(4, 3), torch.randint(3, (4,)))
+@pytest.mark.parametrize("target", [torch.randint(3, (4,)), torch.randn(4, 3).softmax(1)], ids=["indices", "soft"])
+def test_it_compiles_into_one_graph(target):
+    loss = RBlockLoss(alpha=0.3)
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    logits = torch.randn(8, 3, requires_grad=True)
+    assert compiled(logits, target).item() == pytest.approx(loss(logits, target).item())
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("settings", "message"),
     [
-        ({"alpha": -0.1}, r"alpha=-0.1 is not in \[0, 1\]"),
-        ({"alpha": 1.5}, r"alpha=1.5 is not in \[0, 1\]"),
-        ({"alpha": float("nan")}, "alpha=nan"),
-        ({"alpha": "0.1"}, "alpha=0.1 is not in"),
-        ({"criterion": nn.CrossEntropyLoss}, r"criterion=<class .* is no loss that can be called"),
-        ({"criterion": "ce"}, "criterion='ce' is no loss"),
-        ({"temperature": 0.0}, "temperature=0.0 is not a positive number"),
-        ({"temperature": float("inf")}, "temperature=inf is not a positive number"),
-        ({"reduction": "none"}, "reduction='none' is neither 'sum'"),
+        ({"alpha": -0.1}, r"RBlockLoss: alpha must be in \[0, 1\], got -0.1"),
+        ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
+        ({"alpha": float("nan")}, r"alpha must be in \[0, 1\], got nan"),
+        ({"alpha": "0.1"}, r"alpha must be in \[0, 1\], got '0.1'"),
+        ({"alpha": True}, r"alpha must be in \[0, 1\], got True"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": float("inf")}, "temperature must be positive and finite, got inf"),
+        ({"criterion": nn.CrossEntropyLoss}, "criterion must be a loss instance or function, got <class"),
+        ({"criterion": "ce"}, "criterion must be a loss instance or function, got 'ce'"),
+        ({"divergence": "kl"}, "divergence must be 'softmax', 'bernoulli', 'mse' or a callable, got 'kl'"),
+        ({"combine": "none"}, "combine must be 'mean' or 'sum', got 'none'"),
+        ({"reduction": "sum"}, "reduction belongs to the criterion; use combine='mean' or combine='sum'"),
+        ({"aux_weight": -1}, "aux_weight must be a number >= 0, got -1"),
+        ({"aux_weight": float("inf")}, "aux_weight must be a number >= 0, got inf"),
     ],
 )
-def test_settings_outside_their_range_are_refused(options, message):
+def test_settings_outside_their_range_are_rejected(settings, message):
     with pytest.raises(SettingError, match=message):
-        RBlockLoss(**options)
+        RBlockLoss(**settings)
 
 
-def test_split_pair_keeps_the_nesting():
-    output = {"out": torch.arange(6).reshape(6, 1), "aux": [torch.arange(4), (torch.zeros(2), "note")]}
-    first, second = split_pair(output)
-    assert first["out"].flatten().tolist() == [0, 1, 2]
-    assert second["out"].flatten().tolist() == [3, 4, 5]
-    assert second["aux"][0].tolist() == [2, 3]
-    assert second["aux"][1][1] == "note"
+def test_numpy_numbers_are_accepted():
+    logits, target = torch.randn(8, 3), torch.randint(3, (4,))
+    loss = RBlockLoss(alpha=np.float32(0.25), temperature=np.int64(2), aux_weight=np.float64(0.5))(logits, target)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(rblock_loss(logits, target, 0.25, 2), rel=1e-5)
 
 
-@pytest.mark.parametrize("output", [torch.zeros(3, 2), torch.zeros(()), {"a": torch.zeros(4), "b": torch.zeros(5)}])
-def test_split_pair_refuses_what_is_no_pair(output):
-    with pytest.raises(PairError, match=r"expected an even number of rows \(2N\)"):
-        split_pair(output)
-
-
-def test_split_pair_refuses_what_holds_no_tensor():
-    with pytest.raises(PairError, match="no tensor in dict"):
-        split_pair({"a": 1})
+def test_other_numbers_of_rows_are_rejected():
+    loss, target = RBlockLoss(), torch.randint(3, (4,))
+    for rows in (3, 5, 12):
+        with pytest.raises(PairError, match=rf"expected 8 rows .* or 4 .* for 4 targets, got shape \({rows}, 3\)"):
+            loss(torch.randn(rows, 3), target)
+    with pytest.raises(PairError, match="expected a tensor of N targets, got a list"):
+        loss(torch.randn(4, 3), [1, 2])
+    with pytest.raises(PairError, match=r"terms: expected 2N logits for N targets, got 4 for 4"):
+        loss.terms(torch.randn(4, 3), target)

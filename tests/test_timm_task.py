@@ -1,6 +1,5 @@
-"""RBlockTask is timm's ClassificationTask with the R-Block model and its loss, in timm's own task calls."""
+"""RBlockTask is timm's ClassificationTask with a converted model and an RBlockLoss."""
 
-import copy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,31 +8,30 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.loss import LabelSmoothingCrossEntropy
-from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
+from timm.task import (
+    ClassificationTask,
+    MultiLabelClassificationTask,
+    load_task_ema_checkpoint,
+    resume_task_checkpoint,
+)
 from timm.utils import CheckpointSaver
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from rblock_fx import (
-    ConversionError,
-    PairError,
-    RBlockLoss,
-    SettingError,
-    SiteError,
-    apply_rblock,
-    describe,
-    set_drop_prob,
-    split_pair,
-)
+from rblock_fx import ConversionError, PairError, RBlockLoss, SettingError, apply_rblock, set_drop_prob, split_pair
 from rblock_fx.timm_task import RBlockTask
 
 SIZE = (3, 64, 64)
 
 
-def build(seed=0):
+def plain(seed=0):
     torch.manual_seed(seed)
     return timm.create_model("test_resnet", num_classes=5).train()
+
+
+def converted(seed=0, **settings):
+    return apply_rblock(plain(seed), input_size=SIZE, **settings)
 
 
 def batch(rows=6, seed=0):
@@ -42,7 +40,7 @@ def batch(rows=6, seed=0):
 
 
 def train(task, optimizer, steps, first=0):
-    """Steps in the way of timm's train.py; the losses."""
+    """Run steps as timm's train.py does and return their losses."""
     losses = []
     for step in range(first, first + steps):
         images, target = batch(seed=step)
@@ -56,103 +54,90 @@ def train(task, optimizer, steps, first=0):
     return losses
 
 
-def test_a_step_gives_the_rblock_loss_and_logits_for_the_targets():
-    settings = {"sites": ["layer3", "layer4"], "method": "sdropdml", "drop_prob": 0.4, "input_size": SIZE}
-    criterion = LabelSmoothingCrossEntropy(0.2)
-    task = RBlockTask(build(), criterion, alpha=0.3, temperature=2.0, reduction="mean", verbose=False, **settings)
-    model = apply_rblock(build(), **settings)
-    assert str(describe(task.get_trainable_module())) == str(describe(model))
-    assert task.criterion is criterion
+@pytest.mark.parametrize(
+    "criterion", [RBlockLoss(LabelSmoothingCrossEntropy(0.2), alpha=0.3, combine="sum"), nn.MultiMarginLoss(), None]
+)
+def test_a_step_returns_the_loss_and_sub_model_1(criterion):
+    task, model = RBlockTask(converted(), criterion, verbose=False), converted()
+    loss = criterion if isinstance(criterion, RBlockLoss) else RBlockLoss(criterion)
     images, target = batch()
     torch.manual_seed(3)
     output = model(images)
     torch.manual_seed(3)
     result = task(images, target)
-    expected = RBlockLoss(criterion, alpha=0.3, temperature=2.0, reduction="mean")(output, target)
-    assert torch.equal(result["loss"], expected)
+    assert torch.equal(result["loss"], loss(output, target))
     assert torch.equal(result["output"], split_pair(output)[0])
-    result["loss"].backward()
-    expected.backward()
-    for (name, got), want in zip(task.get_trainable_module().named_parameters(), model.parameters(), strict=True):
-        assert torch.equal(got.grad, want.grad), name
+    evaluator = task.create_evaluator()
+    evaluator.update(result["output"], target)
+    assert evaluator.compute()["top1"] == pytest.approx((result["output"].argmax(1) == target).double().mean() * 100)
 
 
-def test_the_defaults_are_those_of_apply_rblock_and_rblock_loss():
-    task = RBlockTask(build(), verbose=False)
-    assert str(describe(task.get_trainable_module())) == str(describe(apply_rblock(build())))
-    model, criterion = apply_rblock(build()), ClassificationTask(build(), verbose=False).criterion
-    images, target = batch()
-    torch.manual_seed(3)
-    loss = task(images, target)["loss"]
-    torch.manual_seed(3)
-    assert torch.equal(loss, RBlockLoss(criterion)(model(images), target))
+def test_criterion_kwargs_make_the_criterion():
+    task = RBlockTask(converted(), criterion_kwargs={"smoothing": 0.2}, dtype=torch.float32, verbose=False)
+    expected = ClassificationTask(plain(), criterion_kwargs={"smoothing": 0.2}, verbose=False).criterion
+    assert type(task.criterion.criterion) is type(expected)
+    assert task.criterion.smoothing == 0.2
 
 
-def test_a_converted_model_and_an_rblock_loss_are_taken_as_they_are():
-    model = apply_rblock(build(), "layer4", drop_prob=0.3)
-    criterion = RBlockLoss(nn.CrossEntropyLoss(), alpha=0.7)
-    task = RBlockTask(model, criterion, verbose=False)
-    assert task.get_trainable_module() is model
-    assert task.pair_loss() is criterion
-    images, target = batch()
-    torch.manual_seed(3)
-    loss = task(images, target)["loss"]
-    torch.manual_seed(3)
-    assert torch.equal(loss, criterion(model(images), target))
-
-
-def test_a_single_model_method_trains_with_the_plain_criterion():
-    task = RBlockTask(build(), nn.CrossEntropyLoss(), method="dropblock", input_size=SIZE, verbose=False)
+@pytest.mark.filterwarnings("error")
+def test_a_single_model_method_trains_without_a_pair():
+    task = RBlockTask(converted(method="dropblock"), RBlockLoss(), verbose=False)
     images, target = batch()
     result = task(images, target)
     assert result["output"].shape == (6, 5)
     assert torch.equal(result["loss"], F.cross_entropy(result["output"], target))
 
 
+def test_the_task_refers_the_loss_to_its_model():
+    first, second = converted(), converted(1)
+    own = RBlockLoss(model=second)
+    assert RBlockTask(first, RBlockLoss(), verbose=False).criterion._model.model is first
+    assert RBlockTask(first, own, verbose=False).criterion._model.model is second
+
+
+def test_multi_label_training_uses_bernoulli_and_its_evaluator():
+    class MultiLabelTask(RBlockTask, MultiLabelClassificationTask):
+        pass
+
+    images, _ = batch()
+    labels = torch.randint(2, (6, 5)).float()
+    for task in (
+        RBlockTask(converted(), nn.BCEWithLogitsLoss(), verbose=False),
+        MultiLabelTask(converted(), verbose=False),
+        MultiLabelClassificationTask(converted(), RBlockLoss(BinaryCrossEntropy()), verbose=False),
+    ):
+        assert task.criterion.divergence == "bernoulli"
+        model = converted()
+        torch.manual_seed(3)
+        output = model(images)
+        torch.manual_seed(3)
+        loss = task(images, labels)["loss"]
+        assert torch.equal(loss, RBlockLoss(task.criterion.criterion)(output, labels))
+    evaluator = MultiLabelTask(converted(), verbose=False).create_evaluator()
+    evaluator.update(output[:6], labels)
+    assert "mAP" in evaluator.compute() or "map" in evaluator.compute()
+
+
 def test_in_eval_mode_it_is_the_classification_task():
-    task = RBlockTask(build(), verbose=False, input_size=SIZE)
-    plain = ClassificationTask(build(), verbose=False)
+    task, expected = RBlockTask(converted(), verbose=False), ClassificationTask(plain(), verbose=False)
     images, target = batch()
     with torch.no_grad():
-        got, want = task.eval()(images, target), plain.eval()(images, target)
-    assert all(torch.equal(got[key], want[key]) for key in want)
+        got, want = task.eval()(images, target), expected.eval()(images, target)
     assert got.keys() == want.keys()
-    metrics = []
-    for one in (task, plain):
-        evaluator = one.create_evaluator()
-        evaluator.update(one.get_eval_model()(images), target)
-        metrics.append(evaluator.compute())
-    assert metrics[0] == metrics[1]
+    assert all(torch.equal(got[key], want[key]) for key in want)
 
 
-def test_the_training_output_is_what_timms_evaluator_takes():
-    task = RBlockTask(build(), verbose=False, input_size=SIZE)
-    images, target = batch()
-    evaluator = task.create_evaluator()
-    output = task(images, target)["output"]
-    evaluator.update(output, target)
-    assert evaluator.compute()["top1"] == pytest.approx((output.argmax(1) == target).double().mean().item() * 100)
+def test_checkpoints_have_the_keys_of_the_classification_task():
+    task, expected = RBlockTask(converted(), verbose=False), ClassificationTask(plain(), verbose=False)
+    assert list(task.state_dict()) == list(expected.state_dict())
+    assert set(task.get_checkpoint_state()) == set(expected.get_checkpoint_state())
+    assert list(task.get_checkpoint_state()["state_dict"]) == list(expected.get_checkpoint_state()["state_dict"])
+    assert [name for name, _ in task.named_parameters()] == [name for name, _ in expected.named_parameters()]
 
 
-def test_the_state_is_that_of_the_classification_task():
-    def criterion():
-        return nn.CrossEntropyLoss(weight=torch.arange(5.0))
-
-    task, plain = (
-        RBlockTask(build(), criterion(), verbose=False),
-        ClassificationTask(build(), criterion(), verbose=False),
-    )
-    assert list(task.state_dict()) == list(plain.state_dict())
-    plain.load_state_dict(task.state_dict(), strict=True)
-    task.load_state_dict(plain.state_dict(), strict=True)
-    assert set(task.get_checkpoint_state()) == set(plain.get_checkpoint_state())
-    assert list(task.get_checkpoint_state()["state_dict"]) == list(plain.get_checkpoint_state()["state_dict"])
-    assert [name for name, _ in task.named_parameters()] == [name for name, _ in plain.named_parameters()]
-
-
-def test_training_with_ema_goes_on_from_a_checkpoint_as_if_never_interrupted(tmp_path):
+def test_a_checkpoint_with_ema_resumes_both_tasks_exactly(tmp_path):
     def start(seed):
-        task = RBlockTask(build(seed), drop_prob=0.3, input_size=SIZE, verbose=False)
+        task = RBlockTask(converted(seed, drop_prob=0.3), RBlockLoss(), verbose=False)
         task.setup_ema(decay=0.5)
         return task, torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.05, momentum=0.9)
 
@@ -176,31 +161,21 @@ def test_training_with_ema_goes_on_from_a_checkpoint_as_if_never_interrupted(tmp
         for states in zip(got.values(), want.values(), strict=True):
             assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
-    # The averaged model is the plain network, and a checkpoint of it is one for the plain task.
-    average = task.get_eval_model(ema=True)
-    assert any(
-        not torch.equal(value, task.get_eval_model().state_dict()[key])
-        for key, value in average.module.state_dict().items()
-    )
-    plain = ClassificationTask(build(2), verbose=False)
-    plain.setup_ema(decay=0.5)
-    load_task_ema_checkpoint(plain, path, weights_only=False)
-    resume_task_checkpoint(plain, path, log_info=False, weights_only=False)
+    expected = ClassificationTask(plain(2), verbose=False)
+    expected.setup_ema(decay=0.5)
+    load_task_ema_checkpoint(expected, path, weights_only=False)
+    resume_task_checkpoint(expected, path, log_info=False, weights_only=False)
     again, _ = start(3)
     load_task_ema_checkpoint(again, path, weights_only=False)
     images, _ = batch(seed=9)
-    assert torch.equal(again.get_eval_model(ema=True)(images), plain.get_eval_model(ema=True)(images))
+    assert torch.equal(again.get_eval_model(ema=True)(images), expected.get_eval_model(ema=True)(images))
 
 
-def test_a_compiled_task_trains_as_the_eager_one():
+def test_a_compiled_task_trains_like_the_eager_one():
     torch._dynamo.reset()
-    eager = RBlockTask(build(), drop_prob=0.3, input_size=SIZE, verbose=False)
-    task = RBlockTask(build(), drop_prob=0.3, input_size=SIZE, verbose=False)
+    eager, task = (RBlockTask(converted(drop_prob=0.3), RBlockLoss(), verbose=False) for _ in range(2))
     counter = CompileCounterWithBackend("eager")
-    for one in (eager, task):
-        one.setup_ema(decay=0.5)
     task.compile(backend=counter, fullgraph=True)
-    assert task.get_eval_model() is task.get_trainable_module()
     losses = []
     for one in (eager, task):
         torch.manual_seed(5)
@@ -214,72 +189,20 @@ def test_a_compiled_task_trains_as_the_eager_one():
         got, want = (one.eval()(images, target)["output"] for one in (task, eager))
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
     assert counter.frame_count == 2
-    for ema, key in ((False, "state_dict"), (True, "state_dict_ema")):
-        got, want = (one.get_checkpoint_state(ema=ema)[key] for one in (task, eager))
-        assert list(got) == list(want)
-        for name, value in want.items():
-            torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-3)
 
 
-def test_a_criterion_that_is_exchanged_takes_effect():
-    task = RBlockTask(build(), nn.CrossEntropyLoss(), alpha=0.3, drop_prob=0.0, input_size=SIZE, verbose=False)
+def test_models_that_are_not_converted_are_rejected():
+    for model in (plain(), torch.compile(plain()), "resnet50"):
+        with pytest.raises(ConversionError, match=r"RBlockTask: .* is not converted.*model = apply_rblock\(model"):
+            RBlockTask(model, RBlockLoss(), verbose=False)
+
+
+def test_wrong_criteria_and_targets_are_rejected():
+    with pytest.raises(SettingError, match="criterion must be a loss instance"):
+        RBlockTask(converted(), nn.CrossEntropyLoss, verbose=False)
     images, target = batch()
-    with torch.no_grad():
-        output = copy.deepcopy(task.get_trainable_module())(images)
-        task.criterion = nn.MultiMarginLoss()
-        assert torch.equal(task(images, target)["loss"], RBlockLoss(nn.MultiMarginLoss(), alpha=0.3)(output, target))
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"alpha": 1.5}, SettingError, "alpha=1.5 is not in"),
-        ({"temperature": 0}, SettingError, "temperature=0 is not a positive"),
-        ({"reduction": "none"}, SettingError, "reduction='none' is neither"),
-        ({"criterion": nn.CrossEntropyLoss}, SettingError, "no loss that can be called"),
-        (
-            {"criterion": RBlockLoss(), "alpha": 0.2},
-            SettingError,
-            "the criterion is an RBlockLoss with settings of its",
-        ),
-        ({"method": "dropdml"}, SettingError, "unknown method 'dropdml'"),
-        ({"drop_prob": 1.0}, SettingError, "drop_prob=1.0 is no probability"),
-        ({"sites": "layer9"}, SiteError, "layer9"),
-        ({"sites": "layer4", "drop_prob": [0.1, 0.2]}, SettingError, "drop_prob"),
-    ],
-)
-def test_what_is_wrong_is_refused_and_the_model_left_alone(settings, error, message):
-    model = build()
-    with pytest.raises(error, match=message):
-        RBlockTask(model, verbose=False, **settings)
-    assert type(model) is timm.models.resnet.ResNet
-    assert "rblock" not in dict(model.named_children())
-
-
-def test_a_model_that_cannot_be_converted_is_refused():
-    with pytest.raises(ConversionError, match=r"expected a torch\.nn\.Module, got str"):
-        RBlockTask("resnet50", verbose=False)
-    with pytest.raises(ConversionError, match="is compiled"):
-        RBlockTask(torch.compile(build()), verbose=False)
-
-
-@pytest.mark.parametrize(
-    "wrap", [lambda model: model, torch.compile, nn.Sequential], ids=["bare", "compiled", "inside"]
-)
-def test_settings_for_a_model_that_is_converted_already_are_refused(wrap):
-    model = apply_rblock(build(), "layer4")
-    before = str(describe(model))
-    with pytest.raises(SettingError, match=r"is converted already, got \{'drop_prob': 0.3\} for another conversion"):
-        RBlockTask(wrap(model), drop_prob=0.3, verbose=False)
-    assert str(describe(model)) == before
-    assert isinstance(RBlockTask(wrap(model), verbose=False).pair_loss(), RBlockLoss)
-
-
-def test_targets_given_twice_are_refused():
-    task = RBlockTask(build(), verbose=False, input_size=SIZE)
-    images, target = batch()
-    with pytest.raises(PairError, match="got 12 logits"):
-        task(images, target[:5])
+    with pytest.raises(PairError, match=r"expected 10 rows .* for 5 targets, got shape"):
+        RBlockTask(converted(), verbose=False)(images, target[:5])
 
 
 def test_the_package_does_not_import_timm():
