@@ -179,7 +179,10 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
             network, config.sites, method=config.method, drop_prob=config.drop_prob, block_size=config.block_size,
             calibration=config.calibration, batch_norm=config.batch_norm, input_size=data.shape,
         )  # fmt: skip
-        criterion = RBlockLoss(criterion, alpha=config.alpha, temperature=config.temperature, **loss_settings(config))
+        criterion = RBlockLoss(
+            criterion, alpha=config.alpha, temperature=config.temperature, divergence=config.divergence,
+            combine=config.combine, model=network,
+        )  # fmt: skip
         data.lines.append(str(describe(network)))
     checkpoint, state = open_run(config, accelerator.num_processes, steps_per_epoch)
     accelerator.print(data)
@@ -335,15 +338,6 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     if config.lr_schedule == "constant":
         return config.lr
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
-def loss_settings(config: Config) -> dict[str, Any]:
-    """For the time until the new loss is merged."""
-    import inspect
-
-    if "combine" in inspect.signature(RBlockLoss.__init__).parameters:
-        return {"combine": config.combine, "divergence": config.divergence}
-    return {"reduction": config.combine}
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:
