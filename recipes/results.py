@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from rblock_fx import RBlockError, describe, split_pair
-from rblock_fx.masks import Mask
 
 if TYPE_CHECKING:
     from train import Config
@@ -208,9 +207,9 @@ def counting_drops(network: nn.Module) -> Iterator[list[int]]:
         counts[0] += int((active & (output == 0)).sum())
         counts[1] += int(active.sum())
 
-    masks = [module for module in network.modules() if isinstance(module, Mask)]
-    if hasattr(describe(network).sites[0], "masks"):
-        masks = [mask for site in describe(network).sites for mask in site.masks]
+    masks = [mask for site in describe(network).sites for mask in getattr(site, "masks", ())]
+    if not masks:  # until describe has them
+        masks = [module for module in network.modules() if type(module).__module__ == "rblock_fx.masks"]
     handles = [mask.register_forward_hook(count) for mask in masks]
     try:
         yield counts
