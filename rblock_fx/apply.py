@@ -1,23 +1,31 @@
-"""apply_rblock and remove_rblock: the order of the steps."""
+"""apply_rblock, remove_rblock, list_sites: the order of the steps."""
 
+import itertools
+import threading
+import warnings
 from collections.abc import Sequence
 from typing import TypeVar
 
+import torch
 from torch import nn
 
-from rblock_fx.batch_norm import PerSubmodelBatchNorm
-from rblock_fx.build import build
-from rblock_fx.conversion import RBlock, RBlockModel, device_of
-from rblock_fx.errors import ConversionError, SiteError
-from rblock_fx.guards import refuse_hooks
-from rblock_fx.refusals import refuse_prepared, refuse_unconvertible
-from rblock_fx.replica import weightless_copy
-from rblock_fx.settings import Settings, check_settings
-from rblock_fx.sites import HEAD, Sites, resolve_sites
-from rblock_fx.stages import Site, containers_of, survey_model
-from rblock_fx.swap import unswap
+from rblock_fx.checks import check_convertible, check_removable, check_suitable
+from rblock_fx.converted import RBlockModel
+from rblock_fx.errors import SiteError
+from rblock_fx.masks.methods import Mask
+from rblock_fx.network.replica import weightless_copy
+from rblock_fx.network.sites import HEAD, Sites, resolve_sites
+from rblock_fx.network.stages import SiteList, containers_of, find_stages
+from rblock_fx.network.survey import survey_model
+from rblock_fx.settings import Settings, check_settings, one_per_site
+from rblock_fx.surgery.build import RBlock, Request, build
+from rblock_fx.surgery.guards import refuse_hooks
+from rblock_fx.surgery.trace import MASKS
+from rblock_fx.swap import OWNER, Halved, Inlined, Swapped, restore_class, swap_classes
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_CONVERTING = threading.RLock()  # torch.fx patches nn.Module while it traces
 
 
 def apply_rblock(
@@ -33,15 +41,15 @@ def apply_rblock(
 ) -> ModelT:
     """Turn a CNN into an R-Block model, in place: in train mode two sub-models with complementary masks.
 
-    In train mode a batch of (N, C, *S) gives outputs of 2N rows, sub-model 1 in the first half and sub-model 2 in the
+    In train mode a batch of (N, C, *S) returns outputs of 2N rows, sub-model 1 in the first half and sub-model 2 in the
     second; in eval mode the model is exactly the network that it was. Parameters, their order, the state_dict and every
-    attribute stay. With a single-model method the batch is not doubled.
+    attribute stay. With a single-model method the batch does not double.
 
     Args:
         model: a CNN, before it is wrapped (DistributedDataParallel), compiled or prepared (Accelerate).
-        sites: where to mask: None for the last two stages (for dropout, r-drop and c-drop: the head), "all", stage
-            numbers, module paths, globs ("layer[34]", "stages.*"), "head" for the classifier's input, or a list of
-            them.
+        sites: where to mask: None for the last two stages of the encoder (for dropout, r-drop and c-drop: the head),
+            "all", stage numbers, module paths, globs ("layer[34]", "stages.*"), "head" for the classifier's input, or a
+            list of them.
         method: "bdropdml", "sdropdml", "c-dropblock", "r-drop", "c-drop", "r-spatialdropout", "r-dropblock" (pairs);
             "dropout", "spatialdropout", "dropblock" (single models).
         drop_prob: probability that an activation is dropped, in [0, 1); one value, or one per site. For the
@@ -56,23 +64,25 @@ def apply_rblock(
         The same model.
 
     Raises:
-        SettingError: a setting outside its range.
-        SiteError: a site that is unknown, never runs, or is no feature map.
-        ConversionError: a model that cannot be converted. After any error the model is as it was.
+        SettingError: a setting is outside its range.
+        SiteError: a site is unknown, never runs, or does not return a feature map.
+        ConversionError: the model cannot be converted. After any error the model is as it was.
     """
     settings = check_settings(method, drop_prob, block_size, calibration, batch_norm)
-    refuse_unconvertible(model)
-
-    # Everything up to `_install` is done on a copy without weights.
-    replica = weightless_copy(model)
-    survey = survey_model(model, replica, input_size)
-    asked = resolve_sites(model, survey, HEAD if sites is None and not settings.mask_class.needs_map else sites)
-    _refuse_unsuitable(asked, settings)
-
-    in_forward_order = sorted(asked, key=lambda site: survey.position(site.path))
-    refuse_hooks(model, containers_of(asked))
-    rblock = build(replica, in_forward_order, asked, settings, survey)
-    _install(model, rblock)
+    check_convertible(model)
+    with _CONVERTING, torch.device("cpu"):
+        # Nothing before `_install` touches the model: everything is tried on a copy without weights.
+        replica = weightless_copy(model)
+        survey = survey_model(model, replica, input_size)
+        chosen = resolve_sites(model, survey, HEAD if sites is None and not settings.mask_class.needs_map else sites)
+        _check_sites(chosen, settings)
+        for path in containers_of(chosen):
+            refuse_hooks(model.get_submodule(path), path)
+        drop_probs = one_per_site("drop_prob", settings.drop_prob, len(chosen))
+        block_sizes = one_per_site("block_size", settings.block_size, len(chosen))
+        rblock = build(replica, Request(method, calibration, batch_norm, chosen, drop_probs, block_sizes), survey)
+        _install(model, rblock)
+    _warn_of_misfits(rblock)
     return model
 
 
@@ -88,37 +98,73 @@ def remove_rblock(model: ModelT) -> ModelT:
     Raises:
         ConversionError: the model is not converted, or still prepared by Accelerate or wrapped.
     """
-    refuse_prepared(model)
+    check_removable(model)
     vars(model).pop("forward", None)
-    del model._modules["rblock"]
+    del vars(model)[MASKS]
     for module in model.modules():
-        unswap(module)
+        restore_class(module)
     return model
 
 
-def _refuse_unsuitable(sites: Sequence[Site], settings: Settings) -> None:
+def list_sites(model: nn.Module, input_size: Sequence[int] | None = None) -> SiteList:
+    """List the stages of a model that can carry masks, in forward order; the model is left as it is.
+
+    Stages are timm's `feature_info` where the model has it, numbered like timm's `out_indices`. For other models they
+    are the last map of each resolution that every path from the input to the end of the encoder passes through.
+
+    Args:
+        model: any CNN.
+        input_size: shape of one sample, (channels, *spatial); default the model's pretrained_cfg, else (3, 224, 224)
+            or, for networks of 3-D convolutions, (3, 16, 112, 112) or (3, 16, 224, 224).
+
+    Raises:
+        ConversionError: the model does not run on a batch of this size.
+    """
+    replica = weightless_copy(model)
+    check_suitable(model)
+    with _CONVERTING:
+        return find_stages(model, survey_model(model, replica, input_size))
+
+
+def _check_sites(sites: Sequence[object], settings: Settings) -> None:
     """Refuse the classifier's input for methods whose masks have blocks or whole channels."""
     for site in sites:
-        if site.is_head and settings.mask_class.needs_map:
+        if getattr(site, "is_head", False) and settings.mask_class.needs_map:
             raise SiteError(
-                f"sites='head': the input of {site.path!r} is no feature map for method={settings.method!r}; use a "
-                "method for single activations, e.g. method='r-drop', or a stage: list_sites(model)."
+                f"sites='head': the classifier's input is not a feature map, as method={settings.method!r} needs; use "
+                "method='r-drop', or a stage: list_sites(model)"
             )
 
 
 def _install(model: nn.Module, rblock: RBlock) -> None:
     """Change the model: the only step that does."""
-    rblock = rblock.to(device_of(model)).train(model.training)
-    model.add_module("rblock", rblock)
+    first = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
+    conversion = rblock.conversion
+    swaps: list[tuple[nn.Module, type[Swapped], str]] = [(model, RBlockModel, "")]
+    swaps += [(model.get_submodule(path), Inlined, path) for path in conversion.guards.inlined]
+    swaps += [(model.get_submodule(path), Halved, path) for path in conversion.halved]
+    vars(model)[MASKS] = rblock.to(first.device)
     try:
-        RBlockModel.swap(model)
-    except Exception as error:
-        del model._modules["rblock"]
-        raise ConversionError(
-            f"{type(model).__name__} cannot be subclassed, as a conversion does ({type(error).__name__}: {error}); "
-            "wrap it in a module whose forward calls it."
-        ) from error
+        swap_classes(swaps)
+    except Exception:
+        del vars(model)[MASKS]
+        raise
     vars(model).pop("forward", None)  # at most the class's own, left there by Accelerate's unwrap_model
-    if rblock.conversion.batch_norm == "per_submodel":
-        for path in rblock.conversion.paired_batch_norms:
-            PerSubmodelBatchNorm.swap(model.get_submodule(path))
+    for path in conversion.guards.inlined:
+        vars(model.get_submodule(path))[OWNER] = model
+
+
+def _warn_of_misfits(rblock: RBlock) -> None:
+    """Warn of masks whose blocks do not fit their maps."""
+    for name, mask in rblock.named_children():
+        if not isinstance(mask, Mask) or not hasattr(mask, "fit_shares"):
+            continue
+        nothing, everything = mask.fit_shares()
+        if everything > 0.01 or mask.covers_map:
+            size = "x".join(map(str, mask.map_size))
+            warnings.warn(
+                f"apply_rblock: blocks of side {mask.block_size} do not fit the {size} map of {name!r}: {nothing:.0%} "
+                f"of samples lose nothing and {everything:.0%} lose everything; use a smaller block_size or drop_prob, "
+                "or another site",
+                stacklevel=3,
+            )

@@ -59,8 +59,8 @@ def returns_pair(model: nn.Module, call: str) -> bool:
     Raises:
         ConversionError: model was not converted by apply_rblock.
     """
-    from rblock_fx.conversion import find_converted
-    from rblock_fx.masks import METHODS
+    from rblock_fx.converted import find_converted
+    from rblock_fx.masks.methods import METHODS
 
     converted: Any
     converted, rblock = find_converted(model, call)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from rblock_fx.conversion import find_converted
+from rblock_fx.converted import find_converted
 from rblock_fx.errors import SettingError
 from rblock_fx.settings import check_drop_prob, is_integer, one_per_site, show
 

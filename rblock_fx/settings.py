@@ -6,9 +6,9 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
-from rblock_fx.coverage import CALIBRATIONS
+from rblock_fx.masks.coverage import CALIBRATIONS
 from rblock_fx.errors import SettingError
-from rblock_fx.masks import METHODS, Mask
+from rblock_fx.masks.methods import METHODS, Mask
 
 BATCH_NORMS = ("joint", "per_submodel")
 

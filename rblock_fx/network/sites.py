@@ -1,4 +1,4 @@
-"""What the user's words for sites mean in one model."""
+"""Resolve the `sites` argument of apply_rblock for one model."""
 
 import dataclasses
 import difflib
@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from rblock_fx.cuts import is_map, last_layer
 from rblock_fx.errors import SiteError
-from rblock_fx.stages import Site, SiteList, channel_axis, share, site_at, stages
-from rblock_fx.survey import Survey
+from rblock_fx.network.record import Shape
+from rblock_fx.network.stages import Site, SiteList, channel_axis, find_stages, is_map, last_layer, share, site_at
+from rblock_fx.network.survey import Survey
 
 Sites = None | str | int | Sequence[str | int]
 
@@ -20,34 +20,29 @@ HEAD = "head"
 
 
 def resolve_sites(model: nn.Module, survey: Survey, sites: Sites) -> list[Site]:
-    """Turn what the user wrote into sites, in the user's order.
+    """Turn the user's names into sites, in the user's order.
 
     Raises:
-        SiteError: nothing chosen, an unknown name, a module that never runs or whose output is no feature map, one map
+        SiteError: nothing chosen, an unknown name, a module that never runs or does not return a feature map, one map
             chosen twice.
     """
-    listed = stages(model, survey)
+    listed = find_stages(model, survey)
     resolver = _Resolver(model, survey, listed)
-    if sites is None:
+    if sites is None or (isinstance(sites, str) and sites == "all"):
         if not listed:
             raise SiteError(_no_stage(model, survey))
-        return list(listed[-2:])
-    if isinstance(sites, str) and sites == "all":
-        if not listed:
-            raise SiteError(_no_stage(model, survey))
-        return list(listed)
+        return list(listed) if sites == "all" else list(listed[-2:])
     words = list(sites) if isinstance(sites, list | tuple | set | frozenset | range) else [sites]
     if not words:
         raise SiteError(f"sites={sites!r} names no site; {resolver.choices()}")
-    chosen = list(itertools.chain.from_iterable(map(resolver.resolve, words)))
-    unique = list(dict.fromkeys(chosen))
-    resolver.refuse_same_map(unique)
-    return unique
+    chosen = list(dict.fromkeys(itertools.chain.from_iterable(map(resolver.resolve, words))))
+    resolver.refuse_same_map(chosen)
+    return chosen
 
 
 @dataclasses.dataclass(frozen=True)
 class _Resolver:
-    """What one word of `sites` means for one model."""
+    """The meaning of one word of `sites` in one model."""
 
     model: nn.Module
     survey: Survey
@@ -56,12 +51,12 @@ class _Resolver:
     def resolve(self, word: object) -> list[Site]:
         if isinstance(word, int) and not isinstance(word, bool):
             if not -len(self.listed) <= word < len(self.listed):
-                raise SiteError(f"site {word} is no stage of {type(self.model).__name__}; {self.choices()}")
+                raise SiteError(f"{type(self.model).__name__} has no stage {word}; {self.choices()}")
             return [self.listed[word]]
         if not isinstance(word, str):
-            raise SiteError(f"site {word!r} is a {type(word).__name__}; {self.choices()}")
+            raise SiteError(f"a site is a str or an int, got {word!r}; {self.choices()}")
         if word == HEAD:
-            return head_sites(self.model, self.survey)
+            return find_heads(self.model, self.survey)
         if word == "all":
             return list(self.listed)
         if any(sign in word for sign in "*?["):
@@ -91,15 +86,14 @@ class _Resolver:
         name = next(first for first, module in self.model.named_modules() if module is modules[path])
         runs = self.survey.runs_of(name)
         if not runs:
-            raise SiteError(f"module {path!r} never runs in a forward pass, so it has no map; {self.choices()}")
+            raise SiteError(f"module {path!r} never runs in a forward, so it has no map; {self.choices()}")
         if not is_map(runs[-1], self.survey):
             raise SiteError(
-                f"the output of {path!r} is no feature map: expected {len(self.survey.input_size) + 1} axes "
-                f"(N, channels, *spatial) for inputs of {self.survey.input_size}, or a list of such, got "
-                f"{_in_words(runs[-1].output)}; "
-                f"{self.choices()} Use sites='head' with dropout, r-drop or c-drop for the classifier's input."
+                f"{path!r} does not return a feature map: expected {len(self.survey.input_size) + 1} axes "
+                f"(N, channels, *spatial), or a list of such, got {_format_output(runs[-1].output)}; "
+                f"{self.choices()} For the classifier's input: sites='head' with dropout, r-drop or c-drop."
             )
-        # In doubt, as the stages are.
+        # Where the shapes leave it open, the axis is that of the stages.
         channels_last = bool(self.listed) and all(site.channel_axis == -1 for site in self.listed)
         axis = channel_axis(runs[-1], self.survey, channels=None, channels_last=channels_last)
         return site_at(runs[-1], self.survey, index=None, channel_axis=axis)
@@ -109,19 +103,20 @@ class _Resolver:
         for site in chosen:
             if site.is_head:
                 continue
-            other = owners.setdefault(self.survey.runs_of(site.path)[-1].value, site)
-            if other is not site:
-                raise SiteError(f"sites {other.path!r} and {site.path!r} are one and the same map; name one of them.")
+            for value in self.survey.runs_of(site.path)[-1].values:
+                other = owners.setdefault(value, site)
+                if other is not site:
+                    raise SiteError(f"sites {other.path!r} and {site.path!r} return the same map; name one of them")
 
     def choices(self, word: str = "", names: Iterable[str] = ()) -> str:
         """The end of an error message: near names, then the stages."""
         near = difflib.get_close_matches(word, list(names), n=4, cutoff=0.5) if word else []
         hint = f"did you mean {', '.join(map(repr, near))}? " if near else ""
         last = [site.path for site in self.listed]
-        return f"{hint}Stages are {last}, e.g. sites={last[-2:]}; list_sites(model) shows them with their shapes."
+        return f"{hint}Stages are {last}, e.g. sites={last[-2:]}; list_sites(model) shows their shapes."
 
 
-def head_sites(model: nn.Module, survey: Survey) -> list[Site]:
+def find_heads(model: nn.Module, survey: Survey) -> list[Site]:
     """Find the classifier: timm's get_classifier (several, of a distilled model), else the last layer that runs.
 
     Raises:
@@ -132,7 +127,7 @@ def head_sites(model: nn.Module, survey: Survey) -> list[Site]:
     if callable(get_classifier):
         classifier = get_classifier()
         several = classifier if isinstance(classifier, tuple | list | nn.ModuleList) else [classifier]
-        # timm's model without a classifier (num_classes=0) has an Identity there.
+        # A timm model without a classifier (num_classes=0) has an Identity there.
         paths = [names[module] for module in several if module in names and any(True for _ in module.parameters())]
     else:
         layer = last_layer(survey)
@@ -145,24 +140,21 @@ def head_sites(model: nn.Module, survey: Survey) -> list[Site]:
     ]
     if not sites:
         raise SiteError(
-            f"sites='head': {type(model).__name__} has no classifier that runs; give the model one "
-            "(num_classes > 0), or name stages: sites=['layer4']"
+            f"sites='head': {type(model).__name__} has no classifier that runs; create the model with "
+            "num_classes > 0, or name stages: sites=['layer4']"
         )
     return sites
 
 
-def _in_words(output: Any) -> str:
-    """What a module gave, as a message says it."""
-    if output is None:
-        return "no tensor"
+def _format_output(output: Shape | list[Shape | None] | None) -> str:
     if isinstance(output, list):
-        return f"a list of {[_in_words(item) for item in output]}"
-    return str(("N", *output))
+        return f"a list of {[_format_output(item) for item in output]}"
+    return "no tensor" if output is None else str(("N", *output))
 
 
 def _no_stage(model: nn.Module, survey: Survey) -> str:
     return (
         f"{type(model).__name__} has no stage with a feature map of {len(survey.input_size) + 1} axes (N, channels, "
-        "*spatial) that everything passes through. If some module gives such maps, name it, e.g. sites=['features.7']; "
-        "a network of tokens alone can carry no block masks, only those of sites='head' with method='r-drop'."
+        "*spatial) that everything passes through. If a module returns such maps, name it: sites=['features.7']. A "
+        "network of tokens alone cannot carry block masks, only sites='head' with method='r-drop'."
     )

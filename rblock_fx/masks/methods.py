@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from rblock_fx.coverage import block_centre_probability, compiled_block_centre_probability
-from rblock_fx.functional import dilate, draw_blocks, fork_and_mask, kept_scale, mask_parts
+from rblock_fx.masks.coverage import block_centre_probability, compiled_block_centre_probability
+from rblock_fx.masks.functional import dilate, draw_blocks, fork_and_mask, kept_scale, mask_parts
 
 Shape = tuple[int, ...]
 Factors = tuple[Tensor, Tensor]

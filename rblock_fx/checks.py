@@ -1,0 +1,136 @@
+"""Preconditions of apply_rblock, list_sites and remove_rblock, each refusal with its remedy."""
+
+import inspect
+
+import torch
+from torch import nn
+
+from rblock_fx.converted import RBlockModel, find_converted
+from rblock_fx.errors import ConversionError
+from rblock_fx.surgery.trace import MASKS
+
+
+def check_convertible(model: nn.Module) -> None:
+    """Refuse a model that is converted already, or wrapped by a tool that must come after apply_rblock.
+
+    Raises:
+        ConversionError: with the call that would work.
+    """
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise ConversionError(
+            f"apply_rblock: expected a torch.nn.Module, got {name}: apply_rblock(timm.create_model('resnet50'))"
+        )
+    if torch.is_inference_mode_enabled():
+        raise ConversionError("apply_rblock: call it outside torch.inference_mode(), where nothing can be trained")
+    for path, module in model.named_modules():
+        if isinstance(module, RBlockModel):
+            where = f"{path!r} of {name}" if path else name
+            raise ConversionError(
+                f"{where} is converted already; to convert it again: apply_rblock(remove_rblock(model), ...). "
+                "To change the drop rate alone: set_drop_prob(model, 0.1)"
+            )
+    wrapper = _wrapper_of(model)
+    if wrapper is not None:
+        reason, remedy = wrapper
+        raise ConversionError(f"apply_rblock: {name} is {reason}; convert the model first: {remedy}")
+    if hasattr(model, MASKS):
+        raise ConversionError(f"{name} has an attribute {MASKS!r}, where the masks would go; rename it first")
+    check_suitable(model)
+
+
+def check_suitable(model: nn.Module) -> None:
+    """Refuse networks that no choice of sites can convert.
+
+    Raises:
+        ConversionError: with the call that would work.
+    """
+    name = type(model).__name__
+    source = type(model).__module__
+    values = getattr(model, "return_layers", {}).values() if name == "IntermediateLayerGetter" else ()
+    if source.startswith("torchvision.models.detection") or (values and all(str(value).isdigit() for value in values)):
+        raise ConversionError(
+            f"{name} is a torchvision detector or the backbone of one, which cannot be converted: its losses take N "
+            "targets for the 2N rows of the sub-models. A classifier converts: "
+            "apply_rblock(torchvision.models.resnet50())"
+        )
+    if source.startswith("torchvision.models.optical_flow") and hasattr(model, "feature_encoder"):
+        raise ConversionError(
+            f"{name} is an optical flow model, which takes two batches of images and refines flows in a loop, where "
+            "each step would draw another mask; convert its encoder: apply_rblock(model.feature_encoder)"
+        )
+    kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    if "WeightedQuantizedModule" in kinds:  # of torch.ao, or wherever it moves to
+        raise ConversionError(
+            f"{name} is quantized: its integer layers cannot be trained; convert the model before quantizing it: "
+            "apply_rblock(torchvision.models.quantization.resnet18(quantize=False))"
+        )
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[2:]
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    required = [p.name for p in parameters if p.default is p.empty and p.kind in named]
+    if required:
+        raise ConversionError(
+            f"the forward of {name} takes {required[0]!r} beside the images, whose rows would have to be doubled; "
+            f"convert the part that takes the images alone, and double {required[0]} for the rest: "
+            f"apply_rblock(model.backbone), torch.cat([{required[0]}, {required[0]}])"
+        )
+
+
+def _wrapper_of(model: nn.Module) -> tuple[str, str] | None:
+    """The tool that wraps a model, and the order of calls that works."""
+    kind = type(model)
+    if isinstance(model, nn.DataParallel):
+        return "wrapped in DataParallel, which mixes the rows of the sub-models", (
+            "DistributedDataParallel(apply_rblock(model)), with one process per GPU"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return f"wrapped in {kind.__name__}", f"{kind.__name__}(apply_rblock(model))"
+    if is_sharded(model):
+        return "sharded by FSDP", "fully_shard(apply_rblock(model))"
+    if "_orig_mod" in model._modules or model._compiled_call_impl is not None:
+        return "compiled", "torch.compile(apply_rblock(model))"
+    if isinstance(model, torch.jit.ScriptModule):
+        return "scripted, and a script cannot be traced", "apply_rblock of the Python model"
+    instance = vars(model)
+    if "_original_forward" in instance or "_hf_hook" in instance or instance.get("_is_accelerate_prepared"):
+        return "prepared by Accelerate", "accelerator.prepare(apply_rblock(model))"
+    if has_pinned_forward(model):
+        return "patched with a forward of its own instance", "apply_rblock(model), then patch it"
+    return None
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP (of either kind) wraps the model or a module of it."""
+    kinds = {base for module in model.modules() for base in type(module).__mro__}
+    return any("fsdp" in f"{base.__module__}.{base.__name__}".lower() for base in kinds)
+
+
+def has_pinned_forward(model: nn.Module) -> bool:
+    """Whether a tool has put a forward of its own on the instance, so that a change of class would have no effect.
+
+    Accelerate's unwrap_model leaves the class's forward there, which is harmless.
+    """
+    forward = vars(model).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(model).forward
+
+
+def check_removable(model: nn.Module) -> None:
+    """Refuse to remove a conversion from a model that is not converted, wrapped, or prepared by a tool.
+
+    Raises:
+        ConversionError: with the call that would work.
+    """
+    inner: object = find_converted(model, "remove_rblock")[0]
+    name = type(model).__name__
+    if inner is not model:
+        raise ConversionError(f"remove_rblock: {name} wraps the converted model; pass that: remove_rblock(model.module)")
+    if is_sharded(model):
+        raise ConversionError(
+            f"remove_rblock: {name} is sharded by FSDP, which has its own class on top; load the gathered state_dict "
+            "into the plain model: timm.create_model('resnet50').load_state_dict(state)"
+        )
+    if has_pinned_forward(model):
+        raise ConversionError(
+            f"remove_rblock: {name} is prepared by Accelerate, which keeps its forward; pass the bare model: "
+            "remove_rblock(accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
+        )

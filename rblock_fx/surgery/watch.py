@@ -1,0 +1,156 @@
+"""Watch a forward while it is traced: the settings that its code reads, and the values that it writes."""
+
+import contextlib
+import dis
+import functools
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from rblock_fx.network.replica import CHECKPOINTING
+from rblock_fx.surgery.guards import CHILDREN, FUNCTIONS, MODES, Missing, Setting, snapshot
+
+_LIBRARIES = {"torch", "rblock_fx", *sys.stdlib_module_names}
+_NOT_VARIABLES = (types.ModuleType, nn.Module, Tensor, Missing, *FUNCTIONS)
+_OF_EVERY_MODULE = set(vars(nn.Module())) - {"training", CHILDREN}
+_SKIPPED = {"__class__", "__dict__", CHECKPOINTING} | _OF_EVERY_MODULE
+
+
+class Watch:
+    """Records the settings that the code of traced forwards reads, and detects the values that it writes.
+
+    Args:
+        replica: the copy that is traced.
+        on_method: called with each method of the replica that its code reads; returns the one to use instead.
+    """
+
+    def __init__(self, replica: nn.Module, on_method: Callable[[types.MethodType], Any]) -> None:
+        self.replica = replica
+        self.on_method = on_method
+        self.settings: dict[tuple[str, str], Setting] = {}
+        self.modes: dict[str, Any] = {}
+        self._variables: dict[tuple[str, str], tuple[Any, Any]] = {}
+        self._paths = {id(module): path for path, module in replica.named_modules()}
+        self._codes: set[types.CodeType] = set()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch while the context is open, from `start` on.
+
+        Raises:
+            RuntimeError: an attribute, a container or an object is written into.
+        """
+        profile = sys.getprofile()
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+            for module in self.replica.modules():
+                object.__setattr__(module, "__class__", getattr(type(module), "rblock_watched", type(module)))
+            if callable(profile):
+                sys.setprofile(profile)
+            elif profile is not None:  # cProfile's
+                profile.enable()
+        for setting in self.settings.values():
+            if setting.read(self.replica) != setting.expected:
+                raise RuntimeError(f"it writes into {setting.label!r}, which the generated forward would not do")
+        for (_, name), (value, before) in self._variables.items():
+            if snapshot(value) != before:
+                raise RuntimeError(f"it writes into {name!r}, which the generated forward would not do")
+
+    def start(self) -> None:
+        """Start when the forward is about to run; fx reads all modules before."""
+        classes: dict[Any, Any] = {}
+        for module in list(self.replica.modules()):
+            kind: Any = type(module)
+            if kind not in classes:
+                classes[kind] = self._watched_class(kind)
+            object.__setattr__(module, "__class__", classes[kind])
+        sys.setprofile(self._see)
+
+    def _watched_class(self, original: Any) -> Any:
+        watch = self
+
+        def getattribute(self: nn.Module, name: str) -> Any:
+            value = original.__getattribute__(self, name)
+            return watch._note(self, name, value, sys._getframe(1)) if name not in _SKIPPED else value
+
+        def getattr_(self: nn.Module, name: str) -> Any:
+            try:
+                value = original.__getattr__(self, name)
+            except AttributeError:
+                watch._note(self, name, Missing.ATTRIBUTE, sys._getframe(1))
+                raise
+            return value if value is not None else watch._note(self, name, None, sys._getframe(1))
+
+        def setattribute(self: nn.Module, name: str, value: Any) -> None:
+            if not name.startswith("_tensor_constant"):  # fx keeps those there
+                path = watch._paths.get(id(self), "")
+                where = f"{path}.{name}" if path else name
+                raise RuntimeError(f"it assigns {where!r}, which the generated forward would not do")
+            original.__setattr__(self, name, value)
+
+        members = {"__getattribute__": getattribute, "__getattr__": getattr_, "__setattr__": setattribute}
+        try:
+            return type(original.__name__, (original,), members | {"rblock_watched": original})
+        except TypeError:  # a class that refuses subclasses is not watched
+            return original
+
+    def _note(self, module: nn.Module, name: str, value: Any, reader: types.FrameType) -> Any:
+        path = self._paths.get(id(module))
+        if path is None:
+            return value
+        if name == CHILDREN:
+            # Loops over containers and named_children; not named_modules, which fx calls itself.
+            loops = reader.f_globals.get("__name__") == "torch.nn.modules.container" and not _is_fx(reader)
+            if loops or reader.f_code.co_name == "named_children" or not _is_library(reader):
+                self.settings.setdefault((path, name), Setting(path, name, tuple(value)))
+            return value
+        if isinstance(value, Tensor | nn.Module | fx.Proxy) or _is_library(reader):
+            return value
+        self.settings.setdefault((path, name), Setting(path, name, snapshot(value)))
+        if isinstance(value, types.MethodType) and value.__self__ is self.replica:
+            return self.on_method(value)
+        return value
+
+    def _see(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        """Profile function: note global names when Python code starts, and switches of torch when it asks for them."""
+        if event == "c_call" and type(argument) is types.BuiltinFunctionType and argument in MODES:
+            if not _is_library(frame):
+                self.modes.setdefault(argument.__name__, MODES[argument]())
+        elif event == "call" and frame.f_code not in self._codes:
+            self._codes.add(frame.f_code)
+            if not _is_library(frame):
+                self._note_variables(frame)
+
+    def _note_variables(self, frame: types.FrameType) -> None:
+        owner = frame.f_globals.get("__name__", "")
+        for name in _global_names(frame.f_code):
+            value = frame.f_globals.get(name, Missing.ATTRIBUTE)
+            if isinstance(value, _NOT_VARIABLES):
+                continue
+            self._variables[owner, name] = value, snapshot(value)
+            if getattr(sys.modules.get(owner), "__dict__", None) is frame.f_globals:
+                self.settings[f"global {owner}", name] = Setting(owner, name, snapshot(value), is_global=True)
+        for name in frame.f_code.co_freevars:
+            value = frame.f_locals.get(name)
+            if not isinstance(value, _NOT_VARIABLES):
+                self._variables[str(id(frame.f_code)), name] = value, snapshot(value)
+
+
+@functools.lru_cache(maxsize=4096)
+def _global_names(code: types.CodeType) -> tuple[str, ...]:
+    return tuple({entry.argval: None for entry in dis.get_instructions(code) if entry.opname == "LOAD_GLOBAL"})
+
+
+def _is_library(frame: types.FrameType) -> bool:
+    """Whether code belongs to Python, torch or this package, whose reads are not the network's."""
+    return str(frame.f_globals.get("__name__", "")).split(".")[0] in _LIBRARIES
+
+
+def _is_fx(frame: types.FrameType) -> bool:
+    caller = frame.f_back
+    return caller is not None and str(caller.f_globals.get("__name__", "")).startswith("torch.fx")
