@@ -6,7 +6,9 @@ on more processes, sees the same images.
 """
 
 import io
+import math
 import random
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -81,9 +83,14 @@ def walk_images(folder: Path, left_out: Counter[str], max_megapixels: float | No
 
 
 def megapixels(path: Path) -> float:
-    """Return the size of an image without decoding it."""
-    with decoding(str(path)), Image.open(path) as image:
-        return image.width * image.height / 1e6
+    """Return the size of an image without decoding it; infinity beyond Pillow's limit."""
+    try:
+        with warnings.catch_warnings(action="ignore"), decoding(str(path)), Image.open(path) as image:
+            return image.width * image.height / 1e6
+    except RecipeError as error:
+        if isinstance(error.__cause__, Image.DecompressionBombError):
+            return math.inf
+        raise
 
 
 @contextmanager

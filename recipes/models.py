@@ -155,7 +155,10 @@ def load_trained(path: Path, name: str | None = None) -> tuple[nn.Module, dict[s
         raise RecipeError(f"{file} does not say which model it is of; give timm's name, e.g. --model resnet50")
     if "model" not in about:
         weights = load_state_dict(str(file), device="cpu", weights_only=True)
-        classes = len(list(weights.values())[-1])  # the classifier's bias is the last tensor
+        classifier = str(create_model(str(name)).pretrained_cfg["classifier"])  # type: ignore[index]
+        if f"{classifier}.weight" not in weights:
+            raise RecipeError(f"{file} has no classifier {classifier} of {name}")
+        classes = len(weights[f"{classifier}.weight"])
         model = create_model(str(name), num_classes=classes)
         load_checkpoint(model, str(file), weights_only=True)
         found = resolve_data_config(model=model)

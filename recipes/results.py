@@ -207,10 +207,7 @@ def counting_drops(network: nn.Module) -> Iterator[list[int]]:
         counts[0] += int((active & (output == 0)).sum())
         counts[1] += int(active.sum())
 
-    masks = [mask for site in describe(network).sites for mask in getattr(site, "masks", ())]
-    if not masks:  # until describe has them
-        masks = [module for module in network.modules() if type(module).__module__ == "rblock_fx.masks"]
-    handles = [mask.register_forward_hook(count) for mask in masks]
+    handles = [mask.register_forward_hook(count) for site in describe(network).sites for mask in site.masks]
     try:
         yield counts
     finally:

@@ -55,9 +55,10 @@ from settings import (
     listen_for_signals,
     parse,
     setting,
+    suggest,
 )
 from timm.data.mixup import Mixup
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
@@ -153,6 +154,8 @@ class Config:
         rising = sorted(set(self.milestones)) == self.milestones
         if not rising or any(epoch >= self.epochs for epoch in self.milestones):
             raise RecipeError(f"milestones must be rising epochs below epochs={self.epochs}, got {self.milestones}")
+        if self.opt not in list_optimizers():
+            raise RecipeError(f"opt: unknown optimizer {self.opt!r}; {suggest(self.opt, list_optimizers())}")
         if self.train_images and self.train_images_per_class:
             raise RecipeError("train_images and train_images_per_class are two ways to say one thing; set one")
         pair = self.method not in ("none", "dropout", "spatialdropout", "dropblock")
