@@ -162,14 +162,12 @@ def image_folder(config: "Config") -> Source:
     """Your own images: data_dir/train/<class>/ with val/ (or validation/) and test/ beside it, or data_dir/<class>/."""
     root, left_out = folder_of(config), Counter[str]()
     train = root / "train" if (root / "train").is_dir() else root
-    found = {"train": find_images(train, left_out, config.max_megapixels)}
-    if train != root:
-        for split, names in (("validation", ("val", "validation")), ("test", ("test",))):
-            there = [root / name for name in names if (root / name).is_dir()]
-            if there:
-                found[split] = find_images(there[0], left_out, config.max_megapixels)
-    classes = list(found["train"])
-    pools = {split: as_pool(images, classes, root / split) for split, images in found.items()}
+    found = find_images(train, left_out, config.max_megapixels)
+    classes, pools = list(found), {"train": as_pool(found, list(found), train)}
+    for split, names in (("validation", ("val", "validation")), ("test", ("test",))):
+        there = [root / name for name in names if train != root and (root / name).is_dir()]
+        if there:
+            pools[split] = as_pool(find_images(there[0], left_out, config.max_megapixels), classes, there[0])
     test_name = "test/" if "test" in pools else "val/"
     test = pools.get("test", pools.get("validation"))
     return Source(classes, pools["train"], test, test_name, pools.get("validation"), left_out)
@@ -348,6 +346,8 @@ def fetch(config: "Config", member: str, url: str, build: Callable[[Path], objec
         with FileLock(folder / ".lock"), TemporaryDirectory(prefix=".staging-", dir=folder) as temporary:
             if not target.is_dir():  # else another process was quicker
                 build(Path(temporary))
+                if not Path(temporary, member).is_dir():
+                    raise RecipeError(f"{url.rpartition('/')[2] or url} holds no {member}/; fetch it again from {url}")
                 os.replace(Path(temporary, member), target)
     except RecipeError:
         raise

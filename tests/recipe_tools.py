@@ -157,7 +157,7 @@ class RecipeServer:
                 for rank in range(processes)
             ]  # fmt: skip
         self.log.unlink(missing_ok=True)
-        arguments = ("--config", CONFIG, *arguments)
+        arguments = arguments if "--config" in arguments else ("--config", CONFIG, *arguments)
         request = {"environments": environments, "arguments": arguments, "log": str(self.log), "before": before}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
