@@ -47,7 +47,8 @@ class ImageData:
     def normalise(self, images: Tensor) -> Tensor:
         """Return uint8 images, or floats in [0, 1], as the network takes them."""
         scaled = tv.to_dtype(images, torch.float32, scale=True)
-        return tv.normalize(scaled, list(self.preprocessing.mean), list(self.preprocessing.std))
+        ready: Tensor = tv.normalize(scaled, list(self.preprocessing.mean), list(self.preprocessing.std))
+        return ready
 
     def sample(self, count: int) -> Tensor:
         """Return the first evaluated images."""
@@ -230,7 +231,7 @@ def timm_transforms(config: "Config", used: Preprocessing) -> tuple[Any, Any]:
     recipe of a ResNet-50 on ImageNet.
     """
     size = (3, config.image_size, config.image_size)
-    options = {"interpolation": used.interpolation, "normalize": False}  # normalised on the device
+    options: dict[str, Any] = {"interpolation": used.interpolation, "normalize": False}  # normalised on the device
     evaluation = create_transform(size, is_training=False, crop_pct=used.crop_pct, **options)
     return create_transform(size, is_training=True, color_jitter=0.0, **options), evaluation
 

@@ -128,7 +128,7 @@ def read_image(source: Path | bytes | Image.Image, name: str) -> Image.Image:
             return image.convert("RGB")
 
 
-def scale_to_bytes(pixels: np.ndarray, mode: str, name: str) -> np.ndarray:
+def scale_to_bytes(pixels: Any, mode: str, name: str) -> Any:
     """Scale grey values of 16 bits, of 32-bit integers from 0 to 65535, or floats from 0 to 1 to 8 bits.
 
     Raises:
@@ -166,7 +166,7 @@ class ImageTensors(Dataset[Sample]):
 
     def select(self, indices: Sequence[int], **changes: Any) -> "ImageTensors":
         """Return the images of these indices."""
-        chosen = {"images": self.images[list(indices)]}
+        chosen: dict[str, Any] = {"images": self.images[list(indices)]}
         chosen |= {key: [getattr(self, key)[index] for index in indices] for key in ("labels", "names")}
         return replace(self, **chosen | changes)
 
@@ -299,4 +299,5 @@ def corrupt(image: Tensor, kind: str, draws: np.random.Generator) -> Tensor:
     else:
         mean = values.mean((1, 2), keepdim=True)
         values = mean + draws.uniform(0.2, 0.4) * (values - mean)
-    return tv.to_dtype(values.clamp(0, 1), image.dtype, scale=True)
+    corrupted: Tensor = tv.to_dtype(values.clamp(0, 1), image.dtype, scale=True)
+    return corrupted

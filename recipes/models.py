@@ -166,7 +166,7 @@ def load_trained(path: Path, name: str | None = None) -> tuple[nn.Module, dict[s
         if classes == 1000:
             from timm.data import ImageNetInfo
 
-            labels = ImageNetInfo().label_descriptions()
+            labels = list(ImageNetInfo().label_descriptions())
         about = {"model": name, "classes": labels, "image_size": found["input_size"][-1], "in_chans": 3}
         about |= asdict(Preprocessing(found["mean"], found["std"], found["interpolation"], found["crop_pct"]))
         return model.eval(), about

@@ -80,7 +80,7 @@ class Meter:
                 f"the loss is not finite at step {int(step)} (epoch {len(self.state.rows) + 1}); {kept}; start again "
                 f"with a lower --lr than {self.config.lr} and another --output_dir"
             )
-        return wish < 0
+        return bool(wish < 0)
 
     def store(self) -> None:
         """Write sums and time into the state; every process calls it."""

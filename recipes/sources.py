@@ -79,7 +79,7 @@ def cifar(config: "Config", kind: type[CIFAR10]) -> Source:
             raise RecipeError(f"{folder / name} {fault}; delete {folder} and fetch it again from {kind.url}")
     sets = [kind(folder.parent, train=train) for train in (True, False)]
     pools = [in_memory(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), s.targets, 4, True) for s in sets]
-    return Source(list(sets[0].classes), *pools)
+    return Source(list(sets[0].classes), pools[0], pools[1])
 
 
 def fashion_mnist(config: "Config") -> Source:
@@ -95,7 +95,7 @@ def fashion_mnist(config: "Config") -> Source:
                 f"{len(labels)} labels up to {labels.max()}; expected as many labels as images, from 0 to 9"
             )
         pools.append(in_memory(images.unsqueeze(1), labels.tolist(), pad=4, flip=True))
-    return Source(list(FashionMNIST.classes), *pools)
+    return Source(list(FashionMNIST.classes), pools[0], pools[1])
 
 
 def fashion_folder(config: "Config") -> Path:

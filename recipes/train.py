@@ -21,27 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import results
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from checkpoint import State, adopt_run, claim, load_checkpoint, open_run, save_checkpoint
 from data import count_steps, load_data, train_batches
 from models import build_model
-from results import (
-    Meter,
-    Row,
-    best_top1,
-    check_trackers,
-    collect_logits,
-    format_row,
-    measure_gap,
-    score_logits,
-    to_yaml,
-    write_metrics,
-    write_results,
-    write_text,
-    write_weights,
-)
+from results import Meter, Row
 from settings import (
     ClosedUnitInterval,
     Count,
@@ -155,7 +142,7 @@ class Config:
         if not rising or any(epoch >= self.epochs for epoch in self.milestones):
             raise RecipeError(f"milestones must be rising epochs below epochs={self.epochs}, got {self.milestones}")
         if self.opt not in list_optimizers():
-            raise RecipeError(f"opt: unknown optimizer {self.opt!r}; {suggest(self.opt, list_optimizers())}")
+            raise RecipeError(f"opt: unknown optimizer {self.opt!r}; {suggest(self.opt, map(str, list_optimizers()))}")
         if self.train_images and self.train_images_per_class:
             raise RecipeError("train_images and train_images_per_class are two ways to say one thing; set one")
         pair = self.method not in ("none", "dropout", "spatialdropout", "dropblock")
@@ -165,8 +152,7 @@ class Config:
 
 def parse_settings(arguments: list[str] | None = None) -> Config:
     """Return the settings of a command line; RecipeError if there is a mistake in them."""
-    config: Config = parse(Config, arguments, "Train an image classifier, plainly or as an R-Block model.")
-    return config
+    return parse(Config, arguments, "Train an image classifier, plainly or as an R-Block model.")  # type: ignore
 
 
 def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) -> None:
@@ -218,7 +204,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
             if checkpoint.resolve().parent != Path(config.output_dir).resolve():
                 adopt_run(accelerator, config, state, checkpoint.parent, ema)
         if accelerator.is_main_process:
-            write_text(config, "config.yaml", to_yaml(config))
+            results.write_text(config, "config.yaml", results.to_yaml(config))
         if config.trackers:
             accelerator.init_trackers("rblock-fx")
 
@@ -267,44 +253,44 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
                 "drop_prob": drop_schedule.drop_prob if drop_schedule is not None else config.drop_prob,
             }
             row |= meter.row() | ({"drop_prob": None} if config.method == "none" else {})
-            row |= score_logits(*collect_logits(model, data, config, accelerator), "test")
+            row |= results.score_logits(*results.collect_logits(model, data, config, accelerator), "test")
             row |= dict.fromkeys(("ema_ce", "ema_top1", "ema_ece"))
             if ema is not None:
-                row |= score_logits(*collect_logits(ema.module, data, config, accelerator), "ema")
+                row |= results.score_logits(*results.collect_logits(ema.module, data, config, accelerator), "ema")
             # what the method costs; the gap, which plain training does without, is not part of it
             seconds = state.train_seconds + time.perf_counter() - started
-            row |= measure_gap(network, data, config, accelerator)
+            row |= results.measure_gap(network, data, config, accelerator)
             row["images_per_second"] = round(state.epoch_steps * config.batch_size / state.train_seconds, 1)
             row["train_seconds"], row["seconds"] = round(state.train_seconds, 3), round(seconds, 3)
             row["wall_seconds"] = round(sum(before["seconds"] for before in rows) + row["seconds"], 3)
-            accelerator.print(format_row(row, config.epochs))
+            accelerator.print(results.format_row(row, config.epochs))
             accelerator.log({name: value for name, value in row.items() if value is not None}, step=state.step)
 
             is_whole = state.epoch_steps == steps_per_epoch  # else max_steps ended the run within the epoch
             is_best = row["test_top1"] > max((before["test_top1"] for before in rows), default=-1.0)
             weights = accelerator.get_state_dict(model)  # every process calls it
             if accelerator.is_main_process and is_best and (is_whole or not rows):
-                write_weights(config, data, weights, "best.safetensors", row)
+                results.write_weights(config, data, weights, "best.safetensors", row)
             rows.append(row)
             state = State(list(rows), state.step) if is_whole else state
             save_checkpoint(accelerator, config, state, ema)
             if accelerator.is_main_process and is_whole:
-                write_metrics(config, rows)
+                results.write_metrics(config, rows)
 
         weights = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
-            write_weights(config, data, weights, "model.safetensors", rows[-1])
+            results.write_weights(config, data, weights, "model.safetensors", rows[-1])
             if ema is not None:
-                write_weights(config, data, ema.module.state_dict(), "ema.safetensors", rows[-1])
-            write_results(config, data, rows, config.epochs * steps_per_epoch, accelerator)
-    top1 = f"top-1 {rows[-1]['test_top1']:.2f} % (best {best_top1(rows):.2f} %)"
-    accelerator.print(f"{top1}, written to {config.output_dir}")
+                results.write_weights(config, data, ema.module.state_dict(), "ema.safetensors", rows[-1])
+            results.write_results(config, data, rows, config.epochs * steps_per_epoch, accelerator)
+    best = results.best_top1(rows)
+    accelerator.print(f"top-1 {rows[-1]['test_top1']:.2f} % (best {best:.2f} %), written to {config.output_dir}")
     accelerator.end_training()
 
 
 def start_accelerator(config: Config) -> Accelerator:
     """Return Accelerate, once it is sure that it joined all processes and has what the settings ask for."""
-    check_trackers(config.trackers)
+    results.check_trackers(config.trackers)
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():  # Accelerate trains in float32 then
         raise RecipeError("mixed_precision fp16 needs a GPU, and there is none; use --mixed_precision bf16 or no")
     try:
@@ -327,10 +313,9 @@ def start_accelerator(config: Config) -> Accelerator:
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of an optimizer step, counted from 0.
+    """Return the learning rate of an optimizer step, counted from 0: a resumed run has nothing to restore.
 
-    A function of the step, so that a resumed run has nothing to restore. (timm's multistep falls one update early, and
-    torch's schedulers know nothing of layer decay.)
+    (timm's multistep falls one update early, and torch's schedulers know nothing of layer decay.)
     """
     total = config.epochs * steps_per_epoch
     warmup = min(config.warmup_epochs * steps_per_epoch, total // 2)
