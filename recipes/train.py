@@ -152,7 +152,7 @@ class Config:
 
 def parse_settings(arguments: list[str] | None = None) -> Config:
     """Return the settings of a command line; RecipeError if there is a mistake in them."""
-    return parse(Config, arguments, "Train an image classifier, plainly or as an R-Block model.")  # type: ignore
+    return parse(Config, arguments, "Train an image classifier plainly or as an R-Block model.")  # type: ignore[no-any-return]
 
 
 def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) -> None:
