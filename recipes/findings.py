@@ -14,11 +14,11 @@ import yaml
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
-from study import FREE, Column, Row, Settings, StudyError, Table, differences, make_table
+from study import FREE, Column, Row, Run, Settings, StudyError, Table, differences, make_table
 
 NUMBERS = ("top1_best", "top1_last", "epochs", "seed", "wall_time_seconds", "num_processes")
 CHECKPOINTS = ("checkpoint", "checkpoint.previous")
-DATA_SETTINGS = ("dataset", "model", "model_kwargs", "image_size", "train_images", "data_dir")
+DATA_SETTINGS = ("model_kwargs", "image_size", "train_images", "data_dir")
 LEVEL, POWER = 0.05, 0.8  # of the tests; of the smallest difference that a study could have seen
 
 
@@ -65,6 +65,19 @@ def inspect_run(folder: Path, settings: Settings) -> Found:
     if why:
         return Found("broken", why)
     return Found("to resume" if any((folder / name).exists() for name in CHECKPOINTS) else "to do")
+
+
+def inspect_all(runs: list[Run]) -> list[Found]:
+    """Look at every run's folder; raises StudyError naming every folder that holds another experiment."""
+    found, problems = [], []
+    for run in runs:
+        try:
+            found.append(inspect_run(run.folder, run.settings))
+        except StudyError as error:
+            problems.append(str(error))
+    if problems:
+        raise StudyError(" | ".join(problems))
+    return found
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -157,7 +170,7 @@ def collect_study(folder: Path) -> Study:
     try:
         record = yaml.safe_load(path.read_text())
         table = make_table(record["table"])
-        cells = {(column, row): settings for column, rows in record["cells"].items() for row, settings in rows.items()}
+        cells = {(c, row): settings for c, rows in record["cells"].items() for row, settings in rows.items()}
         words = shlex.split(record["command"])
         words[words.index("--output_dir") + 1] = str(folder)  # where the runs are now
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -168,36 +181,34 @@ def collect_study(folder: Path) -> Study:
 
 def collect_loose(folder: Path) -> Study:
     """Read runs that no sweep made; columns are data and model, rows are named by the settings in which they differ."""
-    found = []
+    found: dict[Path, Settings] = {}
     for path in sorted({path.parent for name in ("config.yaml", "result.json") for path in folder.rglob(name)}):
         with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):
-            is_done = (path / "result.json").exists()
-            settings = read_result(path / "result.json")["config"] if is_done else dict(
-                yaml.safe_load((path / "config.yaml").read_text())
-            )  # fmt: skip
-            found.append((path, settings))
+            result, config = path / "result.json", path / "config.yaml"
+            found[path] = read_result(result)["config"] if result.exists() else dict(yaml.safe_load(config.read_text()))
     if not found:
         raise StudyError(f"{folder} holds no sweep.yaml and no run; expected a sweep's output_dir")
-    keys = dict.fromkeys(key for _, settings in found for key in settings if key not in FREE | {"seed"})
-    varying = [key for key in keys if len({json.dumps(settings.get(key)) for _, settings in found}) > 1]
+    keys = dict.fromkeys(key for settings in found.values() for key in settings if key not in FREE | {"seed"})
+    varying = [key for key in keys if len({json.dumps(settings.get(key)) for settings in found.values()}) > 1]
+
+    def name(settings: Settings, lead: tuple[str, ...], others: list[str]) -> str:
+        return "-".join([*(str(settings.get(k)) for k in lead), *(f"{k}={settings.get(k)}" for k in others)])
+
     places, cells = [], {}
-    for path, settings in found:
-        column, row = (
-            "-".join([str(settings.get(key)) for key in lead] + [f"{k}={settings.get(k)}" for k in varying if own(k)])
-            for lead, own in (
-                (DATA_SETTINGS[:2], lambda key: key in DATA_SETTINGS[2:]),
-                (("method",), lambda key: key not in (*DATA_SETTINGS, "method")),
-            )
+    for path, settings in found.items():
+        column = name(settings, ("dataset", "model"), [k for k in varying if k in DATA_SETTINGS])
+        row = name(
+            settings, ("method",), [k for k in varying if k not in (*DATA_SETTINGS, "dataset", "model", "method")]
         )
-        places.append((column, row, settings["seed"], path))
+        places.append((column, row, int(settings["seed"]), path))
         cells[column, row] = settings
-    columns, rows = ([*dict.fromkeys(cell[i] for cell in cells)] for i in (0, 1))
-    plain = [row for row in rows if row.startswith("none")]
-    rows.sort(key=lambda row: row not in plain)
     if len({place[:3] for place in places}) < len(places):
         raise StudyError(f"two folders in {folder} hold the same run; move one of them away")
+    rows = sorted(dict.fromkeys(row for _, row in cells), key=lambda row: not row.startswith("none"))
+    plain = [row for row in rows if row.startswith("none")]
     table = Table(
-        f"Runs in {folder}", str(folder), sorted({place[2] for place in places}), [Column(c, "") for c in columns],
+        f"Runs in {folder}", str(folder), sorted({seed for _, _, seed, _ in places}),
+        [Column(column, "") for column in dict.fromkeys(column for column, _ in cells)],
         [Row(row, against=plain if len(plain) == 1 and row not in plain else []) for row in rows],
     )  # fmt: skip
     return Study(table, cells, *read_runs(places, cells), None)

@@ -20,9 +20,10 @@ import sys
 import threading
 import time
 from argparse import ArgumentError
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,7 @@ import psutil
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from findings import Found, inspect_run, refuse_other_sweep
+from findings import Found, inspect_all, inspect_run, refuse_other_sweep
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from study import Run, StudyError, Table, exit_with, find_table, make_table, plan_runs, read_table, shown_path
@@ -103,10 +104,8 @@ def sweep(options: Namespace) -> int:
     with lock(folder):
         (folder / "sweep.yaml.tmp").write_text(yaml.safe_dump(record, sort_keys=False))
         (folder / "sweep.yaml.tmp").replace(folder / "sweep.yaml")
-        counts = pd.Series([state.state for state in found]).value_counts()
-        print(
-            f"{table.title}: {len(runs)} runs, {', '.join(f'{n} {state}' for state, n in counts.items())}", flush=True
-        )
+        counts = ", ".join(f"{n} {state}" for state, n in Counter(state.state for state in found).items())
+        print(f"{table.title}: {len(runs)} runs, {counts}", flush=True)
         todo = [(r, c) for r, c, state in zip(runs, commands, found, strict=True) if state.state != "done"]
         outcomes, interrupted = run_all(todo, options, folder)
         summarise(runs, found, outcomes)
@@ -125,21 +124,8 @@ def requested_table(options: Namespace) -> Table:
     values = asdict(read_table(find_table(options.table)))
     if options.config is not None:
         values["columns"] = [{"name": Path(options.config).stem, "config": options.config}]
-    given = {"output_dir": options.output_dir, "seeds": options.seeds}
-    return make_table(values | {key: value for key, value in given.items() if value is not None})
-
-
-def inspect_all(runs: list[Run]) -> list[Found]:
-    """Look at every run's folder; raises StudyError naming every folder that holds another experiment."""
-    found, problems = [], []
-    for run in runs:
-        try:
-            found.append(inspect_run(run.folder, run.settings))
-        except StudyError as error:
-            problems.append(str(error))
-    if problems:
-        raise StudyError(" | ".join(problems))
-    return found
+    given = {key: options[key] for key in ("output_dir", "seeds") if options[key] is not None}
+    return make_table(values | given)
 
 
 def command_of(run: Run) -> Command:
@@ -213,7 +199,7 @@ def run_all(todo: list[tuple[Run, Command]], options: Namespace, folder: Path) -
                 print(f"[{len(outcomes)}/{len(todo)}] {name}: {outcome.what}: {tail}", flush=True)
         except KeyboardInterrupt:
             interrupted = True
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)  # those that have not started
             if options.cluster:
                 print("submitted jobs go on; end them with the cluster's own tools (scancel)", flush=True)
                 os._exit(130)  # the threads wait for jobs that may take days
@@ -304,12 +290,10 @@ class Processes:
             self.stopped = True
             alive = list(self.alive)
         for process in alive:
-            try:
+            with suppress(psutil.NoSuchProcess):
                 launcher = psutil.Process(process.pid)
                 for worker in launcher.children() or [launcher]:
                     worker.send_signal(signal.SIGINT)
-            except psutil.NoSuchProcess:
-                continue
         deadline = time.monotonic() + STOP_SECONDS
         while any(process.poll() is None for process in alive) and time.monotonic() < deadline:
             time.sleep(0.1)
