@@ -132,13 +132,16 @@ def sentences(study: Study, comparisons: pd.DataFrame) -> Iterator[tuple[str, st
             continue
         gain = -one.difference if lower_is_better(one.measure) else one.difference
         verdict = "not distinguishable from" if one.holm >= 0.05 else "better than" if gain > 0 else "worse than"
+        visible = f"The study could have seen a difference of {one.smallest:.{places}f}"
+        if "top1" in one.measure and one.smallest > 100:
+            visible = "With so few seeds the study could not have seen any difference"
         cost = "" if math.isnan(one.time) else f", at {one.time:.2f} times its training time"
         yield (
             verdict.split()[0],
             (
                 f"{pair} is {verdict} {one.against}: {label(one.measure)} {one.difference:+.{places}f} "
                 f"(95 % interval {interval(one.low, one.high, places, '+')}, p = {p_text(one.holm)} after Holm, "
-                f"{one.seeds} seeds){cost}. The study could have seen a difference of {one.smallest:.{places}f}."
+                f"{one.seeds} seeds){cost}. {visible}."
             ),
         )
 
@@ -260,8 +263,10 @@ def draw_pictures(study: Study, comparisons: pd.DataFrame, column: str) -> Itera
             (f"{name[0].upper()}{name[1:]} by method: dots are seeds, bars their mean, lines its 95 % t interval."),
         )
     tested = comparisons[(comparisons["column"] == column) & comparisons["holm"].notna()]
-    lines = [(f"{c.row} against\n{c.against}", c.difference, c.low, c.high, [-c.smallest, c.smallest])
-             for c in tested[tested["measure"] == first].itertuples()]  # fmt: skip
+    lines = [
+        (f"{c.row} against\n{c.against}", c.difference, c.low, c.high, [-c.smallest, c.smallest])
+        for c in tested[tested["measure"] == first].itertuples()
+    ]
     if lines:
         yield (
             draw_intervals(lines, f"difference, {name}", zero=True),
@@ -292,6 +297,8 @@ def draw_intervals(lines: Sequence[tuple[str, float, float, float, list[float]]]
         axes.annotate(f"{mean:.2f}", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     if zero:
         axes.axvline(0, color="0.5", linewidth=1)
+        reach = 1.5 * max(max(-low, high) for _, _, low, high, _ in lines)  # with few seeds the dots are far beyond
+        axes.set_xlim(-reach, reach)
     else:  # an interval of two seeds can be far wider than all dots: keep the dots apart
         seen = np.concatenate([line[4] for line in lines])
         margin = max(0.1, float(np.ptp(seen)))
