@@ -52,11 +52,7 @@ def main() -> None:
 
 
 def write_report(folder: Path, output: Path) -> Path:
-    """Write the page and the CSV files; returns the page's path.
-
-    Raises:
-        StudyError: there is nothing to report on, or the output cannot be written.
-    """
+    """Write the page and the CSV files and return the page's path; raises StudyError if it cannot."""
     study = collect_study(folder)
     comparisons = compare_primary(study)
     template = jinja2.Environment(
@@ -136,14 +132,11 @@ def sentences(study: Study, comparisons: pd.DataFrame) -> Iterator[tuple[str, st
         if "top1" in one.measure and one.smallest > 100:
             visible = "With so few seeds the study could not have seen any difference"
         cost = "" if math.isnan(one.time) else f", at {one.time:.2f} times its training time"
-        yield (
-            verdict.split()[0],
-            (
-                f"{pair} is {verdict} {one.against}: {label(one.measure)} {one.difference:+.{places}f} "
-                f"(95 % interval {interval(one.low, one.high, places, '+')}, p = {p_text(one.holm)} after Holm, "
-                f"{one.seeds} seeds){cost}. {visible}."
-            ),
+        text = (
+            f"{pair} is {verdict} {one.against}: {label(one.measure)} {one.difference:+.{places}f} (95 % interval "
+            f"{interval(one.low, one.high, places, '+')}, p = {p_text(one.holm)} after Holm, {one.seeds} seeds){cost}. "
         )
+        yield verdict.split()[0], f"{text}{visible}."
 
 
 def missing_table(study: Study) -> pd.DataFrame:

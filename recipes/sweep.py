@@ -28,7 +28,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
 import psutil
 import torch
 import yaml
@@ -108,7 +107,13 @@ def sweep(options: Namespace) -> int:
         print(f"{table.title}: {len(runs)} runs, {counts}", flush=True)
         todo = [(r, c) for r, c, state in zip(runs, commands, found, strict=True) if state.state != "done"]
         outcomes, interrupted = run_all(todo, options, folder)
-        summarise(runs, found, outcomes)
+        ended = Counter(outcome.what for outcome in outcomes.values()) + Counter(
+            {"not started": len(todo) - len(outcomes)}
+        )
+        print(", ".join(f"{n} {what}" for what, n in ended.items()) or "nothing to do")
+        for name, outcome in outcomes.items():
+            if outcome.found.state != "done":
+                print(f"{name}: {outcome.last_line} (log: {outcome.log})", file=sys.stderr)
         if interrupted:
             print("interrupted; run the same command again to go on", file=sys.stderr)
             return 130
@@ -224,7 +229,7 @@ def run_once(run: Run, command: Command, start: Start) -> Outcome:
         found = inspect_run(run.folder, run.settings)
     except StudyError as error:
         return Outcome(f"failed{aside}", str(error), log, Found("broken", str(error)))
-    what = {"done": "done", "to resume": "stopped, to resume"}.get(found.state, "failed")
+    what = {"done": "done", "to resume": "stopped"}.get(found.state, "failed")
     return Outcome(what + aside, line, log, found)
 
 
@@ -328,21 +333,6 @@ def submitter(options: Namespace, here: Processes, folder: Path) -> Start:
             return last_line(job.stdout() or ""), job.paths.stdout
 
     return start
-
-
-def summarise(runs: list[Run], found: list[Found], outcomes: dict[str, Outcome]) -> None:
-    """Print a line for each run, and the last line of each that failed."""
-    lines = []
-    for run, state in zip(runs, found, strict=True):
-        outcome = outcomes.get(run.name)
-        result = (state if outcome is None else outcome.found).result
-        what = "skipped, done before" if state.state == "done" else "not started" if outcome is None else outcome.what
-        lines.append((run.name, what, result.get("top1_best"), result.get("top1_last")))
-    table = pd.DataFrame(lines, columns=["run", "state", "best top-1", "last top-1"])
-    print(table.to_string(index=False, na_rep="-", float_format="{:.2f}".format, justify="left"))
-    for name, outcome in outcomes.items():
-        if outcome.found.state != "done":
-            print(f"{name}: {outcome.last_line} (log: {outcome.log})", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import findings
+import numpy as np
 import pytest
 import study
 import sweep
@@ -86,14 +87,12 @@ def test_full_tables_have_their_seeds_and_controls():
 
 
 def test_the_papers_tables_have_the_papers_numbers():
-    for name, shape in PAPER.items():
+    for name, (columns, numbers) in PAPER.items():
         for table in (study.read_table(study.find_table(name)), study.read_table(study.find_table(f"{name}_smoke"))):
-            values = [value for row in table.rows for value in row.paper.values()]
-            assert sum(len(value) if isinstance(value, list) else 1 for value in values) == shape[1]
-        assert len(study.read_table(study.find_table(name)).columns) == shape[0]
+            assert sum(np.size(value) for row in table.rows for value in row.paper.values()) == numbers
+        assert len(study.read_table(study.find_table(name)).columns) == columns
     rows = {row.name: row for row in study.read_table(study.find_table("table1")).rows}
     assert rows["BDropDML"].paper["cifar100-resnet18"] == 72.35
-    assert rows["SDropDML"].paper["cifar10-vgg16"] == 94.21
 
 
 def test_complementary_is_compared_with_random():
@@ -223,7 +222,7 @@ def test_a_dry_run_lists_commands_that_can_be_pasted(tmp_path, capsys, monkeypat
     assert states == ["done", "broken", "to resume", *["to do"] * 9]
     for line, run in zip(lines, runs, strict=True):
         words = shlex.split(line, comments=True)
-        assert words[1:7] == [*"-m accelerate.commands.launch --quiet --num_processes 1".split(), "recipes/train.py"]
+        assert words[1:7] == ["-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "recipes/train.py"]
         assert study.check_settings_of_run(words[7:-2]) | {"num_processes": 1} == run.settings
 
 
@@ -312,23 +311,18 @@ def test_a_sweep_may_grow_and_not_change(tmp_path, monkeypatch, capsys):
     rows = yaml.safe_load(path.read_text())["rows"]
     assert sweep.sweep(options(path, "--seeds", "[0]")) == 0
     assert sweep.sweep(options(path, "--seeds", "[0,1]")) == 0
-    assert capsys.readouterr().out.count("skipped, done before") == 4
+    assert "8 runs, 4 done, 4 to do" in capsys.readouterr().out
     with pytest.raises(study.StudyError, match=r"does not contain: seed 0\. .*go on with that one: python .*sweep\.py"):
         sweep.sweep(options(path, "--seeds", "[1,2]"))
     with pytest.raises(study.StudyError, match=r"does not contain: digits/C-DropBlock"):
         sweep.sweep(options(write_table(path, rows=rows[:3]), "--seeds", "[0,1]"))
+    (tmp_path / "begun").mkdir()  # no run has begun here
+    (tmp_path / "begun" / "sweep.yaml").write_text((tmp_path / "t" / "sweep.yaml").read_text())
     with pytest.raises(study.StudyError, match=r"digits/plain with other settings: lr \(there 0\.05, asked 0\.3\)"):
-        sweep.sweep(options(write_table(path), "--output_dir", str(copy_record(tmp_path)), "--", "--lr", "0.3"))
+        sweep.sweep(options(write_table(path), "--output_dir", str(tmp_path / "begun"), "--", "--lr", "0.3"))
     (tmp_path / "t" / "sweep.yaml").write_text("table: [")
     with pytest.raises(study.StudyError, match=r"sweep\.yaml cannot be read .*mv "):
         sweep.sweep(options(path, "--seeds", "[0,1]"))
-
-
-def copy_record(tmp_path):
-    """A sweep's folder in which no run has begun."""
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "sweep.yaml").write_text((tmp_path / "t" / "sweep.yaml").read_text())
-    return tmp_path / "begun"
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path):
@@ -343,24 +337,19 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path):
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_one_failing_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
-    fail = "if args.seed == 1 and args.method == 'none': sys.exit('error: the disk is full')\nfinish()\n"
+def test_a_run_without_a_result_fails_and_stops_no_other(tmp_path, monkeypatch, capsys):
+    fail = "if args.seed == 1 and args.method == 'none': print('error: the disk is full'); sys.exit(0)\nfinish()\n"
     stand_in(tmp_path, monkeypatch, fail)
     path = write_table(tmp_path / "t.yaml")
     assert sweep.sweep(options(path, "--jobs", "2")) == 1
     printed = capsys.readouterr()
     assert len(list((tmp_path / "t").rglob("result.json"))) == 11
-    assert re.search(r"digits/plain/seed1 +failed", printed.out)
+    assert "digits/plain/seed1: failed: error: the disk is full" in printed.out
+    assert "11 done, 1 failed" in printed.out
     assert "digits/plain/seed1: error: the disk is full (log: " in printed.err
     assert "the disk is full" in (tmp_path / "t" / "digits" / "plain" / "seed1.log").read_text()
     stand_in(tmp_path, monkeypatch, "assert (args.seed, args.method) == (1, 'none')\nfinish()\n")
     assert sweep.sweep(options(path)) == 0  # only the failed one is started
-
-
-def test_an_exit_without_a_result_is_a_failure(tmp_path, monkeypatch, capsys):
-    stand_in(tmp_path, monkeypatch, "print('all is well')\n")
-    assert sweep.sweep(options(write_table(tmp_path / "t.yaml"), "--seeds", "[0]")) == 1
-    assert capsys.readouterr().err.count("all is well") == 4
 
 
 MEET = """
@@ -391,15 +380,12 @@ def test_runs_side_by_side_have_a_gpu_each(tmp_path, monkeypatch, gpus, cluster,
     assert sorted(file.read_text().split()[0] for file in tmp_path.rglob("seen")) == seen
 
 
-def test_cores_are_shared_between_runs(monkeypatch):
+def test_a_run_of_two_processes_holds_two_gpus_and_its_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
-    assert sweep.Processes(jobs=2, num_processes=2).environment["OMP_NUM_THREADS"] == "3"
-
-
-def test_a_run_of_two_processes_holds_two_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     here = sweep.Processes(jobs=2, num_processes=2)
+    assert here.environment["OMP_NUM_THREADS"] == "3"
     with here.gpus() as first, here.gpus() as second:
         assert (first, second) == ({"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -428,7 +414,8 @@ def test_a_signal_lets_the_runs_save(tmp_path, number):
     (tmp_path / "train.py").write_text(
         f"import pathlib, time\nfolder = pathlib.Path({str(folder)!r})\n"
         "folder.mkdir(parents=True)\n(folder / 'started').touch()\n"
-        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    time.sleep(0.5)\n    (folder / 'checkpoint').mkdir()\n"
+        "try:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(0.5)\n    (folder / 'checkpoint').mkdir()\n"
     )
     launcher = [sys.executable, "-c", "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"]
     (tmp_path / "start.py").write_text(
@@ -449,16 +436,14 @@ def test_a_signal_lets_the_runs_save(tmp_path, number):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert (folder / "checkpoint").is_dir()  # it had the time to save
-    assert re.search(r"digits/plain/seed0 +stopped, to resume", out)
-    assert out.count("not started") == 11
+    assert "1 stopped, 11 not started" in out
     assert "run the same command again to go on" in err
 
 
-def test_submitit_runs_each_command_as_a_job(tmp_path, monkeypatch, capsys):
-    stand_in(tmp_path, monkeypatch, "if args.method == 'dropblock': sys.exit('error: no such data')\nfinish()\n")
-    words = ("--seeds", "[0]", "--cluster", "local", "--cluster_options", "{timeout_min: 3}", "--jobs", "2")
+def test_a_job_that_fails_has_its_last_line(tmp_path, monkeypatch, capsys):
+    stand_in(tmp_path, monkeypatch, "sys.exit('error: no such data')\n")
+    words = ("--seeds", "[0]", "--cluster", "local", "--cluster_options", "{timeout_min: 3}", "--jobs", "4")
     assert sweep.sweep(options(write_table(tmp_path / "t.yaml"), *words)) == 1
-    assert len(list((tmp_path / "t").rglob("result.json"))) == 3
     assert len(list((tmp_path / "t" / "submitit").glob("*_submitted.pkl"))) == 4
     assert "digits/DropBlock/seed0: error: no such data (log: " in capsys.readouterr().err
 
