@@ -30,7 +30,7 @@ from study import StudyError, exit_with
 
 LABELS = {
     "top1_last": "top-1, last epoch (%)", "top1_best": "top-1, best epoch (%)", "test_top1": "test top-1 (%)",
-    "test_ce": "negative log-likelihood", "test_ece": "calibration error", "gap_kl": "gap, KL in nats",
+    "test_ce": "negative log-likelihood", "test_ece": "calibration error (%)", "gap_kl": "gap, KL in nats",
     "gap_agreement": "gap, same class (%)", "drop_rate": "measured drop rate", "wall_time_seconds": "wall time (s)",
     "images_per_second": "images/s", "wall_seconds": "wall time (s)",
 }  # fmt: skip
@@ -96,7 +96,7 @@ def label(measure: str) -> str:
 
 def digits(measure: str) -> int:
     """Return the decimals that a measure is shown with: two of a percentage, one of a time, four of a loss."""
-    return 2 if "top1" in measure or "agreement" in measure else 1 if "second" in measure else 4
+    return 2 if any(word in measure for word in ("top1", "agreement", "ece")) else 1 if "second" in measure else 4
 
 
 def spread(values: "pd.Series[float]", places: int) -> str | None:

@@ -24,7 +24,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")  # a column's or row's name i
 RESERVED = ("config", "output_dir", "seed", "resume")  # the sweep sets these itself
 # settings that do not change what a run computes; max_steps does
 FREE = {"output_dir", "resume", "checkpoint_steps", "trackers", "data_dir", "download", "num_workers"}
-OLDER = {"combine": "sum"}  # what a run did before the setting existed, where that is not today's default
+OLDER = {
+    "combine": "sum",
+    "filter_bias_and_bn": False,
+}  # what a run did before the setting existed, where that is not today's default
 SITE_SETTINGS = ("sites", "method", "drop_prob", "block_size", "calibration", "batch_norm")
 
 Settings = dict[str, Any]

@@ -196,23 +196,24 @@ def test_costs_are_relative_to_the_first_row(tmp_path):
 
 def test_measures_are_shown_where_a_run_has_them(tmp_path):
     folder = make_sweep(tmp_path)
-    assert "calibration error" not in part_of(folder)[2]["measures"]
+    assert "calibration error (%)" not in part_of(folder)[2]["measures"]
     path = folder / "digits" / "plain" / "seed0" / "metrics.csv"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([f"{lines[0]},test_ece", *(f"{line},0.04" for line in lines[1:])]))
-    assert part_of(folder)[2]["measures"].loc["plain", "calibration error"] == "0.0400"
+    path.write_text("\n".join([f"{lines[0]},test_ece", *(f"{line},4.0" for line in lines[1:])]))
+    assert part_of(folder)[2]["measures"].loc["plain", "calibration error (%)"] == "4.00"
 
 
 def test_missing_and_broken_runs_have_their_command(tmp_path):
     folder = make_sweep(tmp_path, without=[f"digits/plain/seed{seed}" for seed in (1, 2)])
     (folder / "digits" / "DropBlock" / "seed0" / "result.json").write_text("{")
     other = folder / "digits" / "C-DropBlock" / "seed1" / "result.json"
-    other.write_text(other.read_text().replace('"lr": 0.05', '"lr": 0.5'))
+    result = json.loads(other.read_text())
+    other.write_text(json.dumps(result | {"config": result["config"] | {"lr": 0.7}}))
     found, _, tables = part_of(folder)
     missing = report.missing_table(found).set_index("row")
     assert tuple(missing.loc["plain", ["state", "seeds"]]) == ("to do", "1, 2")
     assert tuple(missing.loc["DropBlock", ["state", "seeds"]]) == ("broken", "0")
-    assert "lr (there 0.5, asked 0.05)" in missing.loc["C-DropBlock", "why"]
+    assert "lr (there 0.7, asked " in missing.loc["C-DropBlock", "why"]
     assert tables["measures"].loc["plain", "seeds"] == "1 of 3"
     page = report.write_report(folder, tmp_path / "out").read_text()
     assert "<strong>8 of 12 runs</strong>" in page
