@@ -53,6 +53,8 @@ def main() -> None:
         sys.exit(sweep(read_options(sys.argv[1:])))
     except StudyError as error:
         exit_with(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def read_options(words: list[str]) -> Namespace:
