@@ -53,7 +53,8 @@ def write_run(folder: Path, config: dict, top1: Sequence[float], **changes: obje
     result = {
         "top1_best": max(top1), "top1_last": top1[-1], "epochs": len(top1), "seed": config["seed"],
         "method": config["method"], "num_processes": 1, "wall_time_seconds": 2.0 * len(top1), "device": "cpu",
-        "config": {key: value for key, value in config.items() if key != "num_processes"}, "versions": {"torch": "1.2.3"},
+        "config": {key: value for key, value in config.items() if key != "num_processes"},
+        "versions": {"torch": "1.2.3"},
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result | changes))
     return result | changes
