@@ -50,8 +50,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
 
-import rblock_fx
-from rblock_fx import DropSchedule, RBlockError, RBlockLoss, apply_rblock, describe
+from rblock_fx import DropSchedule, RBlockError, RBlockLoss, apply_rblock, describe, verify
 
 Method = Literal[
     "bdropdml", "sdropdml", "c-dropblock", "r-drop", "c-drop", "r-spatialdropout", "r-dropblock",  # pairs of sub-models
@@ -179,8 +178,8 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
     network.to(accelerator.device)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
-    if config.method != "none" and hasattr(rblock_fx, "verify"):
-        rblock_fx.verify(network, data.sample(2).to(accelerator.device))
+    if config.method != "none":
+        verify(network, data.sample(2).to(accelerator.device))
     optimizer = create_optimizer_v2(
         network, config.opt, config.lr, config.weight_decay, config.momentum,
         filter_bias_and_bn=config.filter_bias_and_bn, layer_decay=config.layer_decay,
