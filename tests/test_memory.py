@@ -7,13 +7,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from rblock_fx.sharing import save_masked_only
 from torch import nn
 
 from benchmarks import bench_memory, models
 from benchmarks.live_bytes import LiveBytes, allocator_peak
 from rblock_fx import apply_rblock, describe, sharing
 from rblock_fx.masks.methods import BDropDML
-from rblock_fx.sharing import save_masked_only
 
 SHARED = "save_masked_only("
 

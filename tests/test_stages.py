@@ -4,13 +4,13 @@ import pytest
 import timm
 import torch
 import torchvision
+from rblock_fx.replica import weightless_copy
+from rblock_fx.stages import survey_model
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.zoo_models import build, build_without_weights
 from rblock_fx import SiteError, apply_rblock, describe, list_sites, split_pair
-from rblock_fx.replica import weightless_copy
-from rblock_fx.stages import survey_model
 from tests.oracles import Maps
 
 
