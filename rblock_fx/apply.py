@@ -10,9 +10,16 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from rblock_fx.checks import check_convertible, check_removable, check_settings, check_suitable, one_per_site
+from rblock_fx.checks import (
+    check_container,
+    check_convertible,
+    check_removable,
+    check_settings,
+    check_suitable,
+    one_per_site,
+)
 from rblock_fx.converted import RBlockModel
-from rblock_fx.errors import SiteError
+from rblock_fx.errors import RBlockWarning, SiteError
 from rblock_fx.masks.mask import Mask
 from rblock_fx.masks.methods import METHODS
 from rblock_fx.network.replica import weightless_copy
@@ -20,7 +27,7 @@ from rblock_fx.network.sites import HEAD, Sites, resolve_sites
 from rblock_fx.network.stages import Site, SiteList, containers_of, find_stages
 from rblock_fx.network.survey import survey_model
 from rblock_fx.surgery.build import Request, build
-from rblock_fx.surgery.conversion import RBlock, refuse_hooks
+from rblock_fx.surgery.conversion import RBlock
 from rblock_fx.surgery.trace import MASKS
 from rblock_fx.swap import OWNER, Halved, Inlined, Swapped, restore_class, swap_classes
 
@@ -78,7 +85,7 @@ def apply_rblock(
         chosen = resolve_sites(model, survey, HEAD if sites is None and not METHODS[method].needs_map else sites)
         _check_sites(chosen, method)
         for path in containers_of(chosen):
-            refuse_hooks(model.get_submodule(path), path)
+            check_container(model.get_submodule(path), path)
         drop_probs = one_per_site("drop_prob", drop_prob, len(chosen))
         block_sizes = one_per_site("block_size", block_size, len(chosen))
         rblock = build(replica, Request(method, calibration, batch_norm, chosen, drop_probs, block_sizes), survey)
@@ -170,5 +177,6 @@ def _warn_of_misfits(rblock: RBlock) -> None:
                 f"apply_rblock: blocks of side {mask.block_size} do not fit the {size} map of {name!r}: {nothing:.0%} "
                 f"of samples lose nothing and {everything:.0%} lose everything; use a smaller block_size or drop_prob, "
                 "or another site",
+                RBlockWarning,
                 stacklevel=3,
             )

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from rblock_fx.converted import RBlockModel, find_converted
 from rblock_fx.errors import ConversionError, SettingError
 from rblock_fx.masks.coverage import CALIBRATIONS
 from rblock_fx.masks.methods import METHODS
+from rblock_fx.surgery.conversion import refuse_hooks
 from rblock_fx.surgery.trace import MASKS
 
 BATCH_NORMS = ("joint", "per_submodel")
@@ -158,6 +159,20 @@ def check_suitable(model: nn.Module) -> None:
             f"the forward of {name} takes {required[0]!r} beside the images, whose rows would have to be doubled; "
             f"convert the part that takes the images alone, and double {required[0]} for the rest: "
             f"apply_rblock(model.backbone), torch.cat([{required[0]}, {required[0]}])"
+        )
+
+
+def check_container(module: nn.Module, path: str) -> None:
+    """Refuse a module around a site whose code the training forward cannot contain.
+
+    Raises:
+        ConversionError: it has hooks, or is a torch.fx GraphModule.
+    """
+    refuse_hooks(module, path)
+    if isinstance(module, fx.GraphModule):
+        raise ConversionError(
+            f"{path!r} is a torch.fx GraphModule, which was traced before; convert the network before it is traced: "
+            "apply_rblock(timm.create_model('resnet18', features_only=True))"
         )
 
 

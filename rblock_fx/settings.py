@@ -141,7 +141,7 @@ def _describe_site(site: Site, masks: tuple[Mask, ...]) -> SiteDescription:
         channel_axis=site.channel_axis,
         drop_prob=first.drop_prob,
         block_size=first.block_size if first.has_blocks else None,
-        gamma=first.gamma.item() if first.has_blocks else None,
+        gamma=first.compute_gamma(first.map_size, first.drop_prob) if first.has_blocks else None,
         cost_before=site.cost_before,
         forks=any(mask.forks for mask in masks),
         masks=masks,

@@ -72,8 +72,9 @@ def swap_classes(swaps: list[tuple[nn.Module, type[Swapped], str]]) -> None:
             for changed, original in before:
                 object.__setattr__(changed, "__class__", original)
             raise ConversionError(
-                f"{path!r} is a {type(module).__name__}, which cannot be subclassed ({type(error).__name__}: {error}); "
-                "wrap it in a module whose forward calls it, or use batch_norm='joint' for a batch norm"
+                f"{path or 'the model'!r} is a {type(module).__name__}, which cannot be subclassed "
+                f"({type(error).__name__}: {error}); wrap it in a module whose forward calls it, or use "
+                "batch_norm='joint' for a batch norm"
             ) from error
 
 

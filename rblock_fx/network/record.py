@@ -97,33 +97,22 @@ class ModuleRun:
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records everything that a forward of a weightless copy computes from its input.
-
-    Attributes:
-        operations: in order; an in-place operation makes a new value.
-        runs: the calls of modules, in the order in which they returned.
-        flops: by torch's formulas.
-        layouts: where the batch is, by the id of a tensor; tensors without the batch are left out.
-        changed: for each storage that was changed in place, the last position of a node that did it.
-        mixings: the operations behind the fork that mix the samples of a batch.
-        position, node: the position and the name of the node that runs, if a graph runs.
-        is_quiet: whether to record no mixings.
-    """
+    """Records everything that a forward of a weightless copy computes from its input."""
 
     def __init__(self, replica: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.operations: list[Operation] = []
-        self.runs: list[ModuleRun] = []
+        self.operations: list[Operation] = []  # an in-place operation makes a new value
+        self.runs: list[ModuleRun] = []  # in the order in which they returned
         self.flops = 0
-        self.layouts: dict[int, Layout] = {}
-        self.changed: dict[int, int] = {}
-        self.mixings: list[Mixing] = []
-        self.position = -1
-        self.node = ""
-        self.is_quiet = False
+        self.layouts: dict[int, Layout] = {}  # by the id of a tensor, if it has the batch
+        self.changed: dict[int, int] = {}  # the last position at which each storage was changed in place
+        self.mixings: list[Mixing] = []  # behind the fork
+        self.position, self.node = -1, ""  # of the node that runs, if a graph runs
+        self.is_quiet = False  # records no mixings
         self._paths = {module: path for path, module in replica.named_modules()}
         self._running: list[tuple[str, int, int, int, Layout | None]] = []
         self._numbers: dict[int, int] = {}
+        self._row_numbers: set[int] = set()  # ids of arange(N), the rows in their order
         self._alive: list[Tensor] = []  # keeps ids and storages unique; on the meta device it holds no memory
 
     def follow(self, tensor: Tensor, layout: Layout | None) -> int:
@@ -153,14 +142,34 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.changed[inputs[0].untyped_storage()._cdata] = self.position
         found = [_layout(name, tuple(tensor.shape), layouts) for tensor in results]
         paired = not self.is_quiet and layouts and results and max(layout.batch for layout in layouts) > ROWS
-        if paired and not name.startswith(_FACTORIES) and (not any(found) or _is_mixed(name, args, results, layouts)):
+        if (
+            paired
+            and not name.startswith(_FACTORIES)
+            and (not any(found) or self._is_mixed(name, args, results, layouts))
+        ):
             self.mixings.append(Mixing(self._running[-1][0] if self._running else None, name, self.node))
+        self._row_numbers.update(id(tensor) for tensor in results if name == "arange")
         if known or any(found):
             writes = tuple(map(self.follow, results, found))
             shapes = tuple(tuple(tensor.shape) for tensor in results)
             if known:
                 self.operations.append(Operation(name, tuple(_numbers_in((args, kwargs))), reads, writes, shapes))
         return result
+
+    def _is_mixed(self, name: str, args: Any, results: list[Tensor], inputs: list[Layout]) -> bool:
+        """Whether an operation on a paired batch relates samples to one another."""
+        batch = max(layout.batch for layout in inputs)
+        for tensor in results:
+            axes = [axis for axis, length in enumerate(tensor.shape) if length and length % PRIME == 0]
+            if len(axes) > 1 or (axes == [0] and len(tensor) % batch and any(layout.is_rows for layout in inputs)):
+                return True
+        if name not in _MIXES or not isinstance(args[0], Tensor) or not results[0].shape or len(results[0]) != batch:
+            return False
+        if name == "index":  # x[rows] has a tensor in the first place
+            return bool(args[1]) and isinstance(args[1][0], Tensor) and id(args[1][0]) not in self._row_numbers
+        rest = args[2] if name == "roll" and len(args) > 2 else args[1] if name != "roll" and len(args) > 1 else ()
+        given = rest if isinstance(rest, list | tuple) else [rest]
+        return any(isinstance(axis, int) and axis % max(args[0].dim(), 1) == 0 for axis in given)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -229,22 +238,6 @@ def _layout(name: str, shape: Shape, inputs: list[Layout]) -> Layout | None:
         return Layout(batch, False)
     in_order = all(layout.is_rows for layout in inputs) and name not in _STACKS
     return Layout(batch, shape[0] == batch or (shape[0] % batch == 0 and in_order))
-
-
-def _is_mixed(name: str, args: Any, results: list[Tensor], inputs: list[Layout]) -> bool:
-    """Whether an operation on a paired batch relates samples to one another."""
-    batch = max(layout.batch for layout in inputs)
-    for tensor in results:
-        axes = [axis for axis, length in enumerate(tensor.shape) if length and length % PRIME == 0]
-        if len(axes) > 1 or (axes == [0] and len(tensor) % batch and any(layout.is_rows for layout in inputs)):
-            return True
-    if name not in _MIXES or not isinstance(args[0], Tensor) or not results[0].shape or len(results[0]) != batch:
-        return False
-    if name == "index":  # x[rows] has a tensor in the first place
-        return bool(args[1]) and isinstance(args[1][0], Tensor)
-    rest = args[2] if name == "roll" and len(args) > 2 else args[1] if name != "roll" and len(args) > 1 else ()
-    given = rest if isinstance(rest, list | tuple) else [rest]
-    return any(isinstance(axis, int) and axis % max(args[0].dim(), 1) == 0 for axis in given)
 
 
 def _numbers_in(nested: Any) -> Iterator[float]:

@@ -6,14 +6,13 @@ import dataclasses
 import itertools
 import random
 import sys
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -67,7 +66,7 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         ConversionError: the model cannot be copied.
     """
     memo = {} if memo is None else memo
-    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule | fx.GraphModule)]
     memo |= {id(module): object.__new__(type(module)) for module in modules}
     try:
         for module in modules:
@@ -158,24 +157,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def random_state_kept() -> Iterator[Callable[[], bool]]:
-    """Restore the random generators at the end.
-
-    The yielded function reports whether Python's or NumPy's was drawn from; with other threads running, which may draw
-    from them too, it reports False.
-    """
+def random_state_kept() -> Iterator[None]:
+    """Restore the random generators of Python, NumPy and torch at the end."""
     numpy = sys.modules.get("numpy")
-    python_state = random.getstate()
-    torch_state = torch.get_rng_state()
+    python_state, torch_state = random.getstate(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     numpy_state = numpy.random.get_state() if numpy else ()
-
-    def is_drawn() -> bool:
-        numpy_drawn = numpy is not None and repr(numpy.random.get_state()) != repr(numpy_state)
-        return threading.active_count() == 1 and (numpy_drawn or random.getstate() != python_state)
-
     try:
-        yield is_drawn
+        yield
     finally:
         random.setstate(python_state)
         torch.set_rng_state(torch_state)

@@ -18,7 +18,8 @@ from rblock_fx.network.record import ROWS, record_forward
 from rblock_fx.network.replica import META, Shape, tensors_in
 from rblock_fx.network.stages import Site
 from rblock_fx.network.survey import Survey
-from rblock_fx.surgery.code import checkpoint_modules, generate, truncated
+from rblock_fx.surgery.checkpointing import checkpoint_modules
+from rblock_fx.surgery.code import generate, truncated
 from rblock_fx.surgery.conversion import Conversion, Generated, RBlock
 from rblock_fx.surgery.fork import Fork, Probe, fork_batch
 from rblock_fx.surgery.trace import MASKS, MaskCall, Trace, trace_forward
@@ -41,8 +42,7 @@ def build(replica: nn.Module, request: Request, survey: Survey) -> RBlock:
 
     Args:
         replica: the copy; it gets a copy of the masks, nothing else changes.
-        request: the checked settings and sites.
-        survey: the recorded forward of the copy.
+        request: the checked settings and sites; survey: the recorded forward of the copy.
 
     Raises:
         ConversionError: the forward cannot be traced, or does not return the rows of both sub-models in every output.
@@ -68,7 +68,7 @@ def build(replica: nn.Module, request: Request, survey: Survey) -> RBlock:
         batch_norm=request.batch_norm,
         input_size=survey.input_size,
         masks=tuple((site, tuple(call.name for call in trace.masks.values() if call.site == site)) for site in sites),
-        order=tuple(map(list(request.sites).index, sites)),
+        order=tuple(map(request.sites.index, sites)),
         forwards=forwards,
         maskless=maskless,
         specialised=trace.specialised,
@@ -81,7 +81,7 @@ def build(replica: nn.Module, request: Request, survey: Survey) -> RBlock:
 
 
 def _make_mask(call: MaskCall, request: Request, *, forks: bool) -> Mask:
-    position = list(request.sites).index(call.site)
+    position = request.sites.index(call.site)
     return METHODS[request.method](
         drop_prob=float(request.drop_probs[position]),
         block_size=int(request.block_sizes[position]),

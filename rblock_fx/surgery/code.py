@@ -1,4 +1,4 @@
-"""From a graph to Python: the clean training forward, and the one with activation checkpointing."""
+"""From a graph to Python: the generated training forwards."""
 
 import dataclasses
 import importlib
@@ -7,10 +7,9 @@ import operator
 import re
 import types
 import unicodedata
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
-import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
 from rblock_fx.errors import ConversionError
@@ -147,59 +146,7 @@ def take_constants(graph: fx.Graph, replica: nn.Module, holder: str) -> dict[str
     return constants
 
 
-def checkpoint_modules(graph: fx.Graph, checkpointed: Mapping[str, str | None], replica: nn.Module) -> None:
-    """Call each module of a graph that may be checkpointed through `run_checkpointed`, in place."""
-    switches: dict[str, fx.Node] = {}
-    for node in [node for node in graph.nodes if node.op == "call_module"]:
-        inside = {path: _relative(path, node.target) for path in checkpointed}
-        parts = tuple(part for part in inside.values() if part is not None)
-        if not parts:
-            continue
-        if not _runs_in_sequence(replica.get_submodule(node.target), parts):
-            parts = ("",)
-        switch = next(checkpointed[path] for path, part in inside.items() if part is not None)
-        with graph.inserting_before(node):
-            module = graph.create_node("get_attr", node.target, name=f"{node.name}_module")
-            if switch is not None and switch not in switches:
-                switches[switch] = graph.get_attr(switch)
-        enabled = True if switch is None else switches[switch]
-        node.op, node.target = "call_function", run_checkpointed
-        node.args = (module, parts, enabled, *node.args)
-
-
-def run_checkpointed(module: nn.Module, parts: tuple[str, ...], enabled: bool, *args: Any, **kwargs: Any) -> Any:
-    """Call a module, or where `enabled` its parts in sequence, the named ones under activation checkpointing.
-
-    Args:
-        module: the module; unless it is itself the part (""), a sequence of modules.
-        parts: paths inside the module.
-        enabled: whether checkpointing is on.
-        args: the module's arguments.
-        kwargs: the module's keyword arguments.
-    """
-    if not enabled or not parts:
-        return module(*args, **kwargs)
-    if "" in parts:
-        return torch.utils.checkpoint.checkpoint(module, *args, use_reentrant=False, **kwargs)
-    (x,) = args
-    for name, child in module.named_children():
-        inside = tuple(part for path in parts if (part := _relative(path, name)) is not None)
-        x = run_checkpointed(child, inside, enabled, x)
-    return x
-
-
-def _relative(path: str, container: str) -> str | None:
-    """The path of a module inside a container, "" for the container itself, None for one outside."""
-    if path == container:
-        return ""
-    return path.removeprefix(container + ".") if path.startswith(container + ".") else None
-
-
-def _runs_in_sequence(module: nn.Module, parts: tuple[str, ...]) -> bool:
-    """Whether the parts can be reached by calling the children of sequences one after the other."""
-    if "" in parts:
-        return True
-    children = dict(module.named_children())
-    inside = {name: tuple(p for path in parts if (p := _relative(path, name)) is not None) for name in children}
-    nested = all(_runs_in_sequence(children[name], inside[name]) for name in children if inside[name])
-    return type(module).forward is nn.Sequential.forward and nested
+def identifier(path: str) -> str:
+    """A name for generated code that is made of the path of a module."""
+    name = re.sub(r"\W", "_", unicodedata.normalize("NFKC", path))
+    return name if name.isidentifier() else f"site_{name}"

@@ -6,11 +6,9 @@ Only the modules around a site are traced through; every other module stays a le
 import contextlib
 import dataclasses
 import inspect
-import re
 import sys
 import threading
 import types
-import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,9 +19,10 @@ from rblock_fx.errors import ConversionError, first_line
 from rblock_fx.network.replica import Shape, Structure, random_state_kept
 from rblock_fx.network.stages import Site, containers_of
 from rblock_fx.network.survey import Survey
-from rblock_fx.surgery.code import erase_unused, take_constants
-from rblock_fx.surgery.conversion import Guards, forward_of
-from rblock_fx.surgery.watch import Checkpoints, Draws, Watch
+from rblock_fx.surgery.checkpointing import Checkpoints
+from rblock_fx.surgery.code import erase_unused, identifier, take_constants
+from rblock_fx.surgery.conversion import Guards, RBlock, forward_of
+from rblock_fx.surgery.watch import Draws, GuardedProxy, Watch
 
 # The attribute of a converted model that holds its masks.
 MASKS = "rblock"
@@ -123,6 +122,10 @@ class SiteTracer(fx.Tracer):
             self.calls[site] += 1
         return output
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Make a proxy."""
+        return GuardedProxy(node, self)
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Read a parameter or buffer as a proxy, in the thread that traces."""
         is_other = threading.get_ident() != self._thread
@@ -167,9 +170,9 @@ class SiteTracer(fx.Tracer):
     def _mask(self, site: Site, place: int | None, value: Any) -> fx.Proxy:
         if not isinstance(value, fx.Proxy) or place not in site.shapes:
             raise _NoMapError(f"site {site.path!r} does not return a tensor")
-        name = _identifier(site.path + ("" if place is None else f"_map{place}"))
+        name = identifier(site.path + ("" if place is None else f"_map{place}"))
         name += f"_call{self.calls[site]}" if self.calls[site] else ""
-        while name in {call.name for call in self.masks.values()} | set(dir(nn.Module)):
+        while name in {call.name for call in self.masks.values()} | {*dir(RBlock()), "conversion"}:
             name += "_"
         mask = self.create_proxy("call_module", f"{MASKS}.{name}", (value,), {})
         self.masks[mask.node] = MaskCall(name, site, place, site.shapes[place])
@@ -188,17 +191,17 @@ def trace_forward(replica: nn.Module, sites: Sequence[Site], survey: Survey) -> 
             or has side effects, or a site returns no map in train mode.
     """
     tracer = SiteTracer(replica, sites, survey)
-    watch = tracer.watch = Watch(replica, tracer.follow_method)
+    watch = tracer.watch = Watch(replica, tracer.ancestors, tracer.follow_method)
     parameters = list(inspect.signature(replica.forward).parameters.values())
     defaults = {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
     inlined = {path: forward_of(module) for module, path in tracer.ancestors.items() if path}
     replica.train()
     try:
-        with random_state_kept() as is_drawn, torch.enable_grad(), tracer.checkpoints.noticed(False):
+        with random_state_kept(), torch.enable_grad(), tracer.checkpoints.noticed(False):
             draws = Draws()  # type: ignore[no-untyped-call]
             with watch.watching(), draws:
                 graph = tracer.trace(replica, concrete_args=defaults)
-            if draws.seen or is_drawn():
+            if draws.seen or watch.draws:
                 raise RuntimeError("it draws random numbers, which tracing would freeze")
         constants = take_constants(graph, replica, MASKS)
         for site, calls in tracer.calls.items():
@@ -233,11 +236,6 @@ def _unpack(proxy: Any, structure: Structure) -> Any:
     kind, items = structure
     unpacked = [_unpack(proxy[place], item) for place, item in enumerate(items)]
     return kind(*unpacked) if hasattr(kind, "_fields") else kind(unpacked)
-
-
-def _identifier(path: str) -> str:
-    name = re.sub(r"\W", "_", unicodedata.normalize("NFKC", path))
-    return name if name.isidentifier() else f"site_{name}"
 
 
 def _untraceable(replica: nn.Module, sites: Sequence[Site], reason: str) -> str:

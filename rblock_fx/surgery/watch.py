@@ -1,16 +1,15 @@
-"""Watch a forward while it is traced: the settings that it reads, the values that it writes, what it checkpoints."""
+"""Watch a forward while it is traced: the settings that it reads, and the values that it writes."""
 
 import contextlib
 import dis
 import functools
-import inspect
+import random
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch.utils.checkpoint
+import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +18,7 @@ from rblock_fx.surgery.conversion import CHILDREN, FUNCTIONS, MODES, Missing, Se
 
 _LIBRARIES = {"torch", "rblock_fx", *sys.stdlib_module_names}
 _NOT_VARIABLES = (types.ModuleType, nn.Module, Tensor, Missing, *FUNCTIONS)
+_DESCRIPTORS = (property, classmethod, staticmethod, functools.cached_property)
 _OF_EVERY_MODULE = set(vars(nn.Module())) - {"training", CHILDREN}
 _SKIPPED = {"__class__", "__dict__", CHECKPOINTING} | _OF_EVERY_MODULE
 
@@ -28,17 +28,29 @@ class Watch:
 
     Args:
         replica: the copy that is traced.
+        ancestors: the modules whose code is traced, with their paths.
         on_method: called with each method of the replica that its code reads; returns the one to use instead.
     """
 
-    def __init__(self, replica: nn.Module, on_method: Callable[[types.MethodType], Any]) -> None:
+    def __init__(
+        self, replica: nn.Module, ancestors: Mapping[nn.Module, str], on_method: Callable[[types.MethodType], Any]
+    ) -> None:
         self.replica = replica
+        self.draws = False
         self.on_method = on_method
         self.settings: dict[tuple[str, str], Setting] = {}
         self.modes: dict[str, Any] = {}
         self._variables: dict[tuple[str, str], tuple[Any, Any]] = {}
         self._paths = {id(module): path for path, module in replica.named_modules()}
         self._codes: set[types.CodeType] = set()
+        # Code can reach the attributes of a class without a read that is seen: type(self).log.append(x).
+        self._of_classes = {
+            (path, name): (value, snapshot(value))
+            for module, path in ancestors.items()
+            for kind in type(module).__mro__
+            for name, value in vars(kind).items()
+            if not _is_library(kind.__module__) and not name.startswith("__") and not isinstance(value, _NOT_VARIABLES)
+        }
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -47,7 +59,7 @@ class Watch:
         Raises:
             RuntimeError: an attribute, a container or an object is written into.
         """
-        profile = sys.getprofile()
+        profile, numpy_state = sys.getprofile(), _numpy_state()
         try:
             yield
         finally:
@@ -58,6 +70,13 @@ class Watch:
                 sys.setprofile(profile)
             elif profile is not None:  # cProfile's
                 profile.enable()
+        names = {name for code in self._codes for name in code.co_names}
+        # Another thread may draw as well, so the state alone proves nothing.
+        self.draws |= numpy_state != _numpy_state() and "random" in names
+        for (path, name), (value, before) in self._of_classes.items():
+            self._variables[f"class of {path}", name] = value, before
+            if name in names and not isinstance(value, _DESCRIPTORS):
+                self.settings.setdefault((path, name), Setting(path, name, before))
         for setting in self.settings.values():
             if setting.read(self.replica) != setting.expected:
                 raise RuntimeError(f"it writes into {setting.label!r}, which the generated forward would not do")
@@ -71,7 +90,7 @@ class Watch:
         for module in list(self.replica.modules()):
             kind: Any = type(module)
             if kind not in classes:
-                classes[kind] = self._watched_class(kind)
+                classes[kind] = kind if issubclass(kind, fx.GraphModule) else self._watched_class(kind)
             object.__setattr__(module, "__class__", classes[kind])
         sys.setprofile(self._see)
 
@@ -110,10 +129,10 @@ class Watch:
         if name == CHILDREN:
             # Loops over containers and named_children; not named_modules, which fx calls itself.
             loops = reader.f_globals.get("__name__") == "torch.nn.modules.container" and not _is_fx(reader)
-            if loops or reader.f_code.co_name == "named_children" or not _is_library(reader):
+            if loops or reader.f_code.co_name == "named_children" or not _is_library_code(reader):
                 self.settings.setdefault((path, name), Setting(path, name, tuple(value)))
             return value
-        if isinstance(value, Tensor | nn.Module | fx.Proxy) or _is_library(reader):
+        if isinstance(value, Tensor | nn.Module | fx.Proxy) or _is_library_code(reader):
             return value
         self.settings.setdefault((path, name), Setting(path, name, snapshot(value)))
         if isinstance(value, types.MethodType) and value.__self__ is self.replica:
@@ -123,11 +142,13 @@ class Watch:
     def _see(self, frame: types.FrameType, event: str, argument: Any) -> None:
         """Profile function: note global names when Python code starts, and switches of torch when it asks for them."""
         if event == "c_call" and type(argument) is types.BuiltinFunctionType and argument in MODES:
-            if not _is_library(frame):
+            if not _is_library_code(frame):
                 self.modes.setdefault(argument.__name__, MODES[argument]())
+        elif event == "c_call" and isinstance(getattr(argument, "__self__", None), random.Random):
+            self.draws |= not argument.__name__.startswith(("get", "set"))
         elif event == "call" and frame.f_code not in self._codes:
             self._codes.add(frame.f_code)
-            if not _is_library(frame):
+            if not _is_library_code(frame):
                 self._note_variables(frame)
 
     def _note_variables(self, frame: types.FrameType) -> None:
@@ -145,71 +166,13 @@ class Watch:
                 self._variables[str(id(frame.f_code)), name] = value, snapshot(value)
 
 
-class Checkpoints:
-    """Records which modules run under activation checkpointing while a forward is traced.
+class GuardedProxy(fx.Proxy):
+    """A proxy that refuses to be asked for gradients: comparisons with `is` would take it for another value."""
 
-    Args:
-        ancestors: the modules that are traced through, with their paths.
-
-    Attributes:
-        modules: the modules, each with the attribute of the model that switches it; None where it is always on.
-    """
-
-    def __init__(self, ancestors: Mapping[nn.Module, str]) -> None:
-        self.modules: dict[str, str | None] = {}
-        self._ancestors = ancestors
-        self._around = list(ancestors)[:1]
-        self._depth = 0
-
-    def can_be_switched(self) -> bool:
-        """Whether one of the modules that are traced through has the switch."""
-        return any(CHECKPOINTING in vars(module) for module in self._ancestors)
-
-    def note_call(self, path: str) -> None:
-        """Record a call of a module that is not traced through."""
-        if self._depth:
-            switches = (module for module in reversed(self._around) if vars(module).get(CHECKPOINTING))
-            switch = next((f"{self._ancestors[module]}.{CHECKPOINTING}".lstrip(".") for module in switches), None)
-            self.modules[path] = switch
-
-    @contextlib.contextmanager
-    def inside(self, module: nn.Module) -> Iterator[None]:
-        """Know the modules around the one that is called."""
-        self._around += [module] if module in self._ancestors else []
-        yield
-        self._around = self._around[:-1] if module in self._ancestors else self._around
-
-    @contextlib.contextmanager
-    def noticed(self, enabled: bool) -> Iterator[None]:
-        """Run checkpointed code directly and record it, with the switches of the modules traced through set."""
-        original = torch.utils.checkpoint.checkpoint
-        options = inspect.signature(original).parameters
-        thread = threading.get_ident()
-
-        def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
-                return original(function, *args, **kwargs)
-            self._depth += 1
-            try:
-                return function(*args, **{name: kwargs[name] for name in kwargs if name not in options})
-            finally:
-                self._depth -= 1
-
-        modules = (sys.modules.get(type(module).__module__) for module in self._ancestors)
-        scopes = [vars(torch.utils.checkpoint), *(vars(module) for module in modules if module is not None)]
-        names = [(scope, name) for scope in scopes for name, value in scope.items() if value is original]
-        switches = {m: vars(m)[CHECKPOINTING] for m in self._ancestors if CHECKPOINTING in vars(m)}
-        for scope, name in names:
-            scope[name] = checkpoint
-        for module in switches:
-            setattr(module, CHECKPOINTING, enabled)
-        try:
-            yield
-        finally:
-            for scope, name in names:
-                scope[name] = original
-            for module, value in switches.items():
-                setattr(module, CHECKPOINTING, value)
+    def __getattr__(self, k: str) -> Any:
+        if k in ("requires_grad", "grad_fn", "grad", "is_leaf"):
+            raise RuntimeError(f"it reads {k!r} of a value")
+        return super().__getattr__(k)
 
 
 class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -229,9 +192,18 @@ def _global_names(code: types.CodeType) -> tuple[str, ...]:
     return tuple({entry.argval: None for entry in dis.get_instructions(code) if entry.opname == "LOAD_GLOBAL"})
 
 
-def _is_library(frame: types.FrameType) -> bool:
-    """Whether code belongs to Python, torch or this package, whose reads are not the network's."""
-    return str(frame.f_globals.get("__name__", "")).split(".")[0] in _LIBRARIES
+def _numpy_state() -> str:
+    numpy = sys.modules.get("numpy")
+    return "" if numpy is None else repr(numpy.random.get_state()[1:3])
+
+
+def _is_library(module: object) -> bool:
+    """Whether a module belongs to Python, torch or this package, whose reads are not the network's."""
+    return str(module).split(".")[0] in _LIBRARIES
+
+
+def _is_library_code(frame: types.FrameType) -> bool:
+    return _is_library(frame.f_globals.get("__name__", ""))
 
 
 def _is_fx(frame: types.FrameType) -> bool:
