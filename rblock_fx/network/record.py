@@ -21,8 +21,8 @@ from rblock_fx.network.replica import (
     tensors_in,
 )
 
-# The rows of a recorded batch. An axis holds the batch if its length is a multiple of the prime, which no other axis of
-# a network is; the twelve is for networks that split their batch into two, three or four parts.
+# The rows of a recorded batch. An axis holds the batch if its length is a multiple of the prime, as no other axis of a
+# network is; the twelve is for networks that split their batch into two, three or four parts.
 PRIME = 997
 ROWS = 12 * PRIME
 
@@ -41,7 +41,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One dispatched operation on values computed from the input; values are numbered in the order of their making."""
+    """One dispatched operation on values computed from the input, which are numbered in order."""
 
     name: str
     numbers: tuple[float, ...]
@@ -112,7 +112,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._paths = {module: path for path, module in replica.named_modules()}
         self._running: list[tuple[str, int, int, int, Layout | None]] = []
         self._numbers: dict[int, int] = {}
-        self._row_numbers: set[int] = set()  # ids of arange(N), the rows in their order
+        self._row_numbers: set[int] = set()  # ids of arange(N)
         self._alive: list[Tensor] = []  # keeps ids and storages unique; on the meta device it holds no memory
 
     def follow(self, tensor: Tensor, layout: Layout | None) -> int:
@@ -193,6 +193,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         path, first, flops_before, runs_before, layout = self._running.pop()
         inside = sum(run.own_flops for run in self.runs[runs_before:])
+        if layout is None and first < len(self.operations):  # global hooks do not see keyword arguments
+            layout = self.layouts.get(id(self._alive[self.operations[first].reads[0]]))
         run = ModuleRun(
             path=path,
             output=shape_of(output),
@@ -219,10 +221,10 @@ def record_forward(replica: nn.Module, input_size: Shape) -> tuple[Recorder, Any
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     formula = flop_registry.get(func.overloadpacket)
-    if formula is None:
-        return 0
     # The registered formula maps shapes over a pytree first, which takes longer than the operation.
     raw = getattr(formula, "__wrapped__", None)
+    if formula is None:
+        return 0
     if raw is None or kwargs or not isinstance(result, Tensor):
         return int(formula(*args, **kwargs, out_val=result))
     return int(raw(*(arg.shape if isinstance(arg, Tensor) else arg for arg in args), out_shape=result.shape))
@@ -243,8 +245,6 @@ def _layout(name: str, shape: Shape, inputs: list[Layout]) -> Layout | None:
 def _numbers_in(nested: Any) -> Iterator[float]:
     if isinstance(nested, int | float):
         yield nested
-    elif isinstance(nested, list | tuple):
-        for item in nested:
+    elif isinstance(nested, list | tuple | dict):
+        for item in nested.values() if isinstance(nested, dict) else nested:
             yield from _numbers_in(item)
-    elif isinstance(nested, dict):
-        yield from _numbers_in(tuple(nested.values()))
