@@ -48,7 +48,7 @@ def counted(model: nn.Module) -> Iterator[collections.Counter[str]]:
 
 
 def step(model: nn.Module, x: Tensor) -> tuple[collections.Counter[str], int, list[Tensor]]:
-    """Give the calls, the bytes that autograd saved on the way forward, and the gradients of one training step."""
+    """Return the calls, the bytes that autograd saved in forward, and the gradients of one training step."""
     saved = 0
 
     def pack(tensor: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def step(model: nn.Module, x: Tensor) -> tuple[collections.Counter[str], int, li
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(("name", "sites"), CASES)
-def test_what_the_plain_model_recomputes_the_converted_one_does(name, sites, when):
+def test_recomputes_what_the_plain_model_does(name, sites, when):
     x = torch.randn(2, 3, 64, 64)
     plain = make(name)
     plain.set_grad_checkpointing(True)
@@ -119,8 +119,8 @@ def test_a_block_that_is_always_checkpointed_stays_so(site):
     assert calls == expected == {"stem": 1, "block.0": 2, "last": 1}
 
 
-def test_masks_are_not_drawn_anew_when_activations_are_recomputed():
-    """A mask inside a recomputed part would be another one in backward, and the gradient wrong."""
+def test_masks_are_drawn_once_when_recomputing():
+    """A mask inside a recomputed part would differ in backward, and the gradient would be wrong."""
     model = apply_rblock(make("test_resnet"), ["layer2.0", "layer3"], batch_norm="per_submodel")
     x = torch.randn(2, 3, 64, 64)
     with_it, without = [], []

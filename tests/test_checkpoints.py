@@ -63,7 +63,7 @@ def test_a_safetensors_file_goes_both_ways(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_timm_creates_the_plain_model_from_a_checkpoint_of_the_converted_one(suffix, tmp_path):
+def test_timm_loads_a_checkpoint_into_the_plain_model(suffix, tmp_path):
     model, path = trained(), tmp_path / f"model.{suffix}"
     if suffix == "pth":
         torch.save({"state_dict": model.state_dict(), "epoch": 1}, path)
@@ -81,7 +81,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_optimizer_state_of_a_plain_run_resumes_in_the_converted_model(name, tmp_path):
+def test_optimizer_state_of_a_plain_run_resumes(name, tmp_path):
     plain = build().train()
     optimizer = OPTIMIZERS[name](plain.parameters())
 
@@ -107,7 +107,7 @@ def test_the_optimizer_state_of_a_plain_run_resumes_in_the_converted_model(name,
         if resumed:
             own.load_state_dict(saved["optimizer"])
         for seed in (3, 4):
-            step(model, own, RBlockLoss(alpha=0.0, reduction="mean"), seed)
+            step(model, own, RBlockLoss(alpha=0.0, combine="mean"), seed)
         results[resumed] = dict(model.named_parameters())
     for seed in (3, 4):
         step(plain, optimizer, F.cross_entropy, seed)

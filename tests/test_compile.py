@@ -47,7 +47,7 @@ def compile_counted(model, backend, **options):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", ["bdropdml", "sdropdml", "c-dropblock"])
-def test_one_training_and_one_evaluation_graph_serve_twenty_rates_with_complementary_masks(backend, method):
+def test_two_graphs_serve_twenty_rates(backend, method):
     model = apply_rblock(Maps(), "stage", method=method, input_size=(16, 9, 9)).train()
     compiled, counter = compile_counted(model, backend)
     ones = torch.ones(32, 16, 9, 9)
@@ -89,7 +89,7 @@ def test_one_training_and_one_evaluation_graph_serve_twenty_rates_with_complemen
         ("inductor", "per_submodel"),  # slow; the one that has more to it
     ],
 )
-def test_a_compiled_training_step_is_the_eager_one(backend, batch_norm):
+def test_compiled_step_is_the_eager_one(backend, batch_norm):
     eager = apply_rblock(ConvNet().train(), ["body.0", "body"], batch_norm=batch_norm, input_size=(3, 12, 12))
     model = copy.deepcopy(eager)
     compiled, counter = compile_counted(model, backend)
@@ -149,7 +149,7 @@ def test_one_graph_serves_every_batch_size(backend, how):
     assert counter.frame_count == 2
 
 
-def test_a_batch_size_left_to_torch_takes_the_graphs_of_any_model():
+def test_unmarked_batch_sizes_take_two_graphs():
     """One for the first size, one for all others: torch's automatic dynamic shapes."""
     compiled, counter = compile_counted(apply_rblock(Maps(), "stage", input_size=(16, 9, 9)).train(), "eager")
     for rows in (4, 6, 10, 5, 7):
@@ -158,7 +158,7 @@ def test_a_batch_size_left_to_torch_takes_the_graphs_of_any_model():
 
 
 @pytest.mark.parametrize("batches", [(4, 6, 10), (16, 17, 33)])
-def test_a_convolutional_network_takes_no_more_graphs_than_the_plain_one_on_the_doubled_batch(batches):
+def test_takes_no_more_graphs_than_the_plain_network(batches):
     """On a CPU torch guards some convolutions on whether they have 16 rows, whatever the network."""
     doubled = [2 * rows for rows in batches]
     graphs = {}
@@ -178,7 +178,7 @@ def test_a_convolutional_network_takes_no_more_graphs_than_the_plain_one_on_the_
 
 
 @pytest.mark.parametrize("calibration", ["exact", "eq6"])
-def test_compiled_training_on_images_of_another_size_gets_the_rate_asked_for(calibration):
+def test_compiled_training_keeps_the_rate_on_other_sizes(calibration):
     model = apply_rblock(Maps(), "stage", method="dropblock", calibration=calibration, input_size=(16, 9, 9)).train()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     compiled(torch.ones(2, 16, 9, 9))
@@ -192,7 +192,7 @@ def test_compiled_training_on_images_of_another_size_gets_the_rate_asked_for(cal
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_masks_compiled_alone_make_one_graph_per_shape_over_a_schedule(backend):
+def test_masks_compiled_alone_make_a_graph_per_shape(backend):
     torch.manual_seed(0)
     model = apply_rblock(ConvNet(), ["stem", "body.0", "body.1"], input_size=(3, 16, 16)).train()
     counter = CompileCounterWithBackend(backend)

@@ -101,7 +101,7 @@ def test_timms_ema_averages_a_converted_model(exclude_buffers):
 
 @pytest.mark.parametrize("use_buffers", [False, True])
 @pytest.mark.parametrize("average", ["equal", "exponential"])
-def test_torchs_averaged_model_averages_a_converted_model(average, use_buffers):
+def test_torch_averages_a_converted_model(average, use_buffers):
     model = build("per_submodel")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     averaged = AveragedModel(
@@ -130,7 +130,7 @@ def test_torchs_averaged_model_averages_a_converted_model(average, use_buffers):
     assert_masks_alive(averaged.module, model)
 
 
-def test_update_bn_gives_the_averaged_model_the_statistics_of_its_training_forward():
+def test_update_bn_computes_training_statistics():
     model = build()
     averaged = AveragedModel(model)
     images = [torch.randn(4, 3, 64, 64) for _ in range(2)]
@@ -176,7 +176,7 @@ print(json.dumps({
 """
 
 
-def test_a_whole_model_in_a_file_is_the_same_model_in_another_process(tmp_path):
+def test_pickled_model_is_the_same_in_another_process(tmp_path):
     model = build("per_submodel")
     train_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
     set_drop_prob(model, 0.3)

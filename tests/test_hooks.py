@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from rblock_fx import ConversionError, apply_rblock, remove_rblock
+from rblock_fx import ConversionError, apply_rblock, describe, remove_rblock
 
 SITES = ["layer2", "layer3.0"]  # "layer3" is around a site and so part of the training forward
 CALLED = ["", "conv1", "layer1", "layer1.0", "layer2", "layer2.0", "layer3.0", "layer3.0.conv2", "layer4", "fc"]
@@ -39,7 +39,7 @@ def test_hooks_run_once_per_forward(when, mode):
     assert calls == {f"{moment} {path}": 1 for moment in ("before", "after") for path in CALLED}
 
 
-def test_a_hook_sees_the_rows_of_both_sub_models_behind_the_fork():
+def test_hooks_behind_the_fork_see_both_sub_models():
     model = apply_rblock(make(), SITES, input_size=(3, 64, 64)).train()
     rows = {}
     for path in ("layer1", "layer2", "layer3.0", "fc"):
@@ -57,8 +57,8 @@ REGISTER = {
 
 
 @pytest.mark.parametrize("kind", REGISTER)
-def test_hooks_that_training_would_skip_are_refused(kind):
-    message = r"'layer3' has hooks, which would not run in train mode: .*sites=\['layer3'\]"
+def test_rejects_hooks_that_training_would_skip(kind):
+    message = r"'layer3' has hooks that would not run in train mode, .*apply_rblock\(model, \['layer3'\]\)"
     hooked = make()
     handle = REGISTER[kind](hooked.layer3)
     with pytest.raises(ConversionError, match=message):
@@ -71,8 +71,22 @@ def test_hooks_that_training_would_skip_are_refused(kind):
     handle = REGISTER[kind](model.layer3)
     with pytest.raises(ConversionError, match=message):
         model(x)
-    model.eval()(x)  # where it runs, it is no matter
+    model.eval()(x)
     handle.remove()
     assert len(model.train()(x)) == 4
     REGISTER[kind](model.layer3)
     assert len(remove_rblock(model)(x)) == 2
+
+
+def test_hooks_on_mask_modules_run_in_call_order():
+    model = apply_rblock(make(), SITES, input_size=(3, 64, 64)).train()
+    calls = []
+    for site in describe(model).sites:
+        for mask in site.masks:
+            mask.register_forward_hook(
+                lambda _m, inputs, out, path=site.path: calls.append((path, len(inputs[0]), len(out)))
+            )
+    model(torch.randn(2, 3, 64, 64))
+    assert calls == [("layer2", 2, 4), ("layer3.0", 4, 4)]
+    model.eval()(torch.randn(2, 3, 64, 64))
+    assert len(calls) == 2

@@ -1,4 +1,4 @@
-"""Stages that give a list or tuple of maps, as HRNet's do: each map that is used gets a mask of its own."""
+"""Stages that return a list or tuple of maps, as HRNet's do: each map that is used gets its own mask."""
 
 import copy
 
@@ -12,7 +12,7 @@ from tests.oracles import recorded_masks, two_forwards
 
 
 class Split(nn.Module):
-    """Two resolutions; gives a list, or a tuple with tokens as its last item."""
+    """Two resolutions; returns a list, or a tuple with tokens as its last item."""
 
     def __init__(self, kind: type) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Split(nn.Module):
 
 
 class Exchange(nn.Module):
-    """Takes a list, writes into it as HRNet's modules do, and gives another."""
+    """Takes a list, writes into it as HRNet's modules do, and returns another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Tuples(nn.Module):
         (Tuples, ["split.coarse"], {"split.coarse": None}),
     ],
 )
-def test_each_map_of_a_list_is_masked(network, sites, masks):
+def test_masks_each_map_of_a_list(network, sites, masks):
     torch.manual_seed(0)
     plain = network().train()
     model = apply_rblock(copy.deepcopy(plain), sites, drop_prob=0.5, input_size=(3, 8, 8))
@@ -107,18 +107,19 @@ def test_each_map_of_a_list_is_masked(network, sites, masks):
             torch.testing.assert_close(trained.grad, reference.grad)
 
 
-def test_a_map_that_nothing_uses_gets_no_mask():
+def test_unused_map_has_no_mask():
     class OnlyTheLast(Tuples):
         def forward(self, x: Tensor) -> Tensor:
             _, coarse, tokens = self.split(self.stem(x))
             return self.fc(torch.cat([coarse.mean((2, 3)), tokens.mean(-1), coarse.mean((2, 3))], 1))
 
     model = apply_rblock(OnlyTheLast(), "split", input_size=(3, 8, 8))
-    assert [site.path for site in describe(model).sites] == ["split[1]"]
+    (site,) = describe(model).sites
+    assert (site.path, [mask.place for mask in site.masks]) == ("split", [1])
     assert dict(model.rblock.named_children()).keys() == {"split_map1"}
 
 
-def test_the_stages_of_hrnet_are_lists():
+def test_stages_of_hrnet_are_lists():
     model = timm.create_model("hrnet_w18_small", num_classes=5)
     sites = list_sites(model)
     assert [site.path for site in sites] == ["stage2", "stage3", "stage4"]
@@ -128,26 +129,65 @@ def test_the_stages_of_hrnet_are_lists():
 
     apply_rblock(model, ["stage3", "stage4"], drop_prob=[0.1, 0.3], input_size=(3, 64, 64))
     described = describe(model).sites
-    assert [site.path for site in described] == [f"stage3[{i}]" for i in range(3)] + [f"stage4[{i}]" for i in range(4)]
-    assert [site.shape[1:] for site in described] == [(16, 16), (8, 8), (4, 4), (16, 16), (8, 8), (4, 4), (2, 2)]
-    assert [site.drop_prob for site in described] == [0.1] * 3 + [0.3] * 4
+    assert [(site.path, site.drop_prob) for site in described] == [("stage3", 0.1), ("stage4", 0.3)]
+    assert [[mask.place for mask in site.masks] for site in described] == [[0, 1, 2], [0, 1, 2, 3]]
+    sides = [[mask.shape[-1] for mask in site.masks] for site in described]
+    assert sides == [[16, 8, 4], [16, 8, 4, 2]]
     set_drop_prob(model, [0.2, 0.4])
-    assert [site.drop_prob for site in describe(model).sites] == [0.2] * 3 + [0.4] * 4
+    assert [[mask.drop_prob for mask in site.masks] for site in describe(model).sites] == [[0.2] * 3, [0.4] * 4]
     first, second = split_pair(model.train()(torch.randn(2, 3, 64, 64)))
     assert not torch.equal(first, second)
 
 
-def test_one_list_under_two_names_is_refused():
+def test_rejects_one_list_under_two_names():
     model = timm.create_model("hrnet_w18_small")
-    with pytest.raises(SiteError, match=r"'stage3' and 'stage3\.0' are one and the same map"):
+    with pytest.raises(SiteError, match=r"'stage3' and 'stage3\.0' return the same map"):
         apply_rblock(model, ["stage3", "stage3.0"])
 
 
-def test_a_list_without_a_map_is_no_site():
+def test_rejects_a_list_without_a_map():
     class Tokens(nn.Module):
         def forward(self, x: Tensor) -> list[Tensor]:
             return [x.flatten(2)]
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Tokens())
-    with pytest.raises(SiteError, match=r"the output of '1' is no feature map: .* got a list of"):
+    with pytest.raises(SiteError, match=r"'1' does not return a feature map: .* got a list of"):
         apply_rblock(model, "1", input_size=(3, 8, 8))
+
+
+class Nested(nn.Module):
+    """A site that returns a list whose second map is computed from the first, by a site inside it."""
+
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fine, self.coarse = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            fine = self.fine(x)
+            return [fine, self.coarse(fine.relu())]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stage = nn.Conv2d(3, 6, 3, padding=1), self.Stage()
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine, coarse = self.stage(self.stem(x))
+        return (fine * coarse.sigmoid()).mean((2, 3))
+
+
+@pytest.mark.parametrize("sites", [["stage"], ["stage", "stage.fine"], ["stage.fine", "stage"]])
+def test_maps_inside_a_list_site_are_masked_once(sites):
+    """Masks of a list lie behind its stage: what the stage computes from its first map reads the unmasked map."""
+    plain = Nested().train()
+    try:
+        model = apply_rblock(copy.deepcopy(plain), sites, method="r-dropblock", drop_prob=0.4, input_size=(3, 8, 8))
+    except SiteError as error:
+        assert len(sites) == 2
+        assert "return the same map" in str(error)  # noqa: PT017
+        return
+    x = torch.randn(3, 3, 8, 8)
+    with recorded_masks(model) as recorded:
+        output = model(x)
+    masks = {"stage": {place: recorded[f"stage_map{place}"] for place in (0, 1)}}
+    torch.testing.assert_close(output, two_forwards(plain, masks, x))

@@ -9,7 +9,7 @@ from rblock_fx.stages import survey_model
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.zoo_models import build, build_without_weights
+from benchmarks.zoo_models import build_without_weights
 from rblock_fx import SiteError, apply_rblock, describe, list_sites, split_pair
 from tests.oracles import Maps
 
@@ -50,7 +50,7 @@ STAGES = {
     "fcn_resnet50": ["backbone.layer1", "backbone.layer4"],
     "deeplabv3_resnet50": ["backbone.layer1", "backbone.layer4"],
     "deeplabv3_mobilenet_v3_large": ["backbone.1", "backbone.3", "backbone.6", "backbone.15"],
-    "lraspp_mobilenet_v3_large": ["backbone.1", "backbone.3", "backbone.4"],
+    "lraspp_mobilenet_v3_large": ["backbone.1", "backbone.3", "backbone.6", "backbone.15"],
     "r3d_18": ["layer1", "layer2", "layer3", "layer4"],
     "mc3_18": ["layer1", "layer2", "layer3", "layer4"],
     "r2plus1d_18": ["layer1", "layer2", "layer3", "layer4"],
@@ -60,31 +60,57 @@ STAGES = {
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_stages_without_feature_info_are_the_last_cut_of_each_resolution(name):
+def test_stages_are_the_last_cut_of_each_resolution(name):
     sites = list_sites(build_without_weights(f"torchvision/{name}"))
     assert [site.path for site in sites] == STAGES[name]
     assert all(max(site.shape[1:] if site.channel_axis == 1 else site.shape[:-1]) > 1 for site in sites)
     assert [site.cost_before for site in sites] == sorted(site.cost_before for site in sites)
 
 
-BACKBONES = {
-    "fasterrcnn_resnet50_fpn.backbone": (3, 224, 224),
-    "ssd300_vgg16.backbone": (3, 300, 300),
-    "ssdlite320_mobilenet_v3_large.backbone": (3, 320, 320),
-    "raft_large.feature_encoder": (3, 128, 128),
-}
+def test_the_encoder_of_an_optical_flow_model_converts():
+    encoder = torchvision.models.optical_flow.raft_small(weights=None).feature_encoder.train()
+    plain = encoder(torch.randn(2, 3, 128, 128))
+    assert apply_rblock(encoder, input_size=(3, 128, 128))(torch.randn(2, 3, 128, 128)).shape[0] == 2 * len(plain)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_backbones_of_models_that_are_refused_convert_alone(name):
-    size = BACKBONES[name]
-    model = build(f"torchvision/{name}").train()
-    plain = model(torch.randn(2, *size))
-    apply_rblock(model, input_size=size)
-    converted = model(torch.randn(2, *size))
-    assert type(converted) is type(plain)
-    leaves = zip(tree_leaves(converted), tree_leaves(plain), strict=True)
-    assert all(pair.shape == (4, *single.shape[1:]) for pair, single in leaves)
+class Pyramid(nn.Module):
+    """An encoder of three stages with a decoder that returns every level."""
+
+    def __init__(self, order=1):
+        super().__init__()
+        block = lambda c, d: nn.Sequential(nn.Conv2d(c, d, 3, 2, 1), nn.ReLU(), nn.Conv2d(d, d, 3, padding=1))  # noqa: E731
+        self.one, self.two, self.three = block(3, 4), block(4, 8), block(8, 8)
+        self.up, self.lateral, self.order = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), order
+
+    def forward(self, x):
+        second = self.two(self.one(x))
+        third = self.three(second)
+        up = self.up(nn.functional.interpolate(third, scale_factor=2.0) + self.lateral(second))
+        return [up, third][:: self.order]
+
+
+@pytest.mark.parametrize(
+    ("build", "stages"),
+    [
+        (lambda: Pyramid(), ["two", "three"]),
+        (lambda: Pyramid(-1), ["two", "three"]),
+        (lambda: timm.create_model("test_resnet", features_only=True), ["layer3", "layer4"]),
+        (lambda: timm.create_model("test_convnext", features_only=True, out_indices=(0, 3)), ["stages_2", "stages_3"]),
+        (
+            lambda: torchvision.models._utils.IntermediateLayerGetter(
+                torchvision.models.resnet18(weights=None), {"layer1": "low", "layer4": "high"}
+            ),
+            ["layer3", "layer4"],
+        ),
+        (lambda: torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True), 2),
+    ],
+)
+def test_default_sites_of_several_outputs_are_the_encoders_last(build, stages):
+    model = build()
+    found = [site.path for site in describe(apply_rblock(model, input_size=(3, 64, 64))).sites]
+    assert found == (["backbone.layer1", "backbone.layer4"] if stages == 2 else stages)
+    output = model.train()(torch.randn(2, 3, 64, 64))
+    assert {len(leaf) for leaf in tree_leaves(output)} == {4}
 
 
 TOKENS = ["timm/test_vit", "timm/twins_svt_small", "timm/coat_tiny", "timm/levit_128", "timm/vit_tiny_r_s16_p8_224"]
@@ -92,13 +118,13 @@ TOKENS += ["torchvision/vit_b_16", "torchvision/mvit_v2_s"]
 
 
 @pytest.mark.parametrize("name", TOKENS)
-def test_networks_of_tokens_have_no_stage(name):
+def test_networks_of_tokens_have_no_stages(name):
     model = build_without_weights(name)
     assert list_sites(model) == ()
     with pytest.raises(SiteError, match=r"has no stage with a feature map of [45] axes"):
         apply_rblock(model)
     apply_rblock(model, method="r-drop")  # the classifier's input is there
-    assert all(site.path.endswith("(input)") and len(site.shape) == 1 for site in describe(model).sites)
+    assert all(site.is_head and len(site.shape) == 1 for site in describe(model).sites)
 
 
 class Stemless(nn.Module):
@@ -116,11 +142,11 @@ class Stemless(nn.Module):
         return self.fc(self.stage(x).mean((2, 3)) + x.mean((2, 3)))
 
 
-def test_a_place_that_a_residual_path_bypasses_is_no_stage():
+def test_bypassed_maps_are_not_stages():
     assert [site.path for site in list_sites(Stemless(), (3, 16, 16))] == ["stem"]
 
 
-def test_a_wrapped_network_has_the_stages_of_the_network():
+def test_wrapped_network_has_the_stages_of_the_network():
     class Wrapper(nn.Module):
         def __init__(self):
             super().__init__()
@@ -134,7 +160,7 @@ def test_a_wrapped_network_has_the_stages_of_the_network():
     assert [site.path for site in list_sites(body)] == ["4", "5", "6", "7"]  # without a head the last stage is one too
 
 
-def test_listing_leaves_everything_as_it_was():
+def test_listing_leaves_the_model_alone():
     model = torchvision.models.resnet18(weights=None).train()
     model.bn1.eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -158,13 +184,13 @@ def test_listing_leaves_everything_as_it_was():
         (lambda: torchvision.models.swin_t(weights=None), "features.5.1.norm1", (14, 14, 384), -1),
     ],
 )
-def test_channels_are_found_wherever_they_are(build, site, shape, axis):
+def test_finds_the_channel_axis(build, site, shape, axis):
     description = describe(apply_rblock(build(), site)).sites[0]
     assert (description.shape, description.channel_axis) == (shape, axis)
 
 
 @pytest.mark.parametrize("method", ["bdropdml", "sdropdml"])
-def test_a_channels_last_map_is_masked_along_its_own_axes(method):
+def test_masks_channels_last_maps_along_their_axes(method):
     class ChannelsLast(Maps):
         def forward(self, x):
             return self.stage(x.movedim(1, -1)).movedim(-1, 1)
@@ -181,35 +207,13 @@ def test_a_channels_last_map_is_masked_along_its_own_axes(method):
     assert abs(dropped.mean().item() - 0.5) < 4 * dropped.std().item() / 200**0.5
 
 
-def test_the_default_input_has_the_channels_that_the_stem_takes():
+def test_default_input_has_the_channels_of_the_stem():
     model = timm.create_model("test_resnet", in_chans=1, num_classes=5)
     assert describe(apply_rblock(model)).input_size == (1, 160, 160)
 
 
-@pytest.mark.parametrize("options", [{"batch_first": True}, {"bidirectional": True, "num_layers": 3}, {"bias": False}])
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_recurrent_layers_are_surveyed_by_their_shapes_and_costs(kind, options):
-    """Theirs are the products of 12 inputs and of 12 states with 4, 3 or 1 gates, in either direction."""
-
-    class Recurrent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = kind(5, 7, **options)
-
-        def forward(self, x):
-            return self.layer(x)[0]
-
-    survey = survey_model(model := Recurrent(), weightless_copy(model), (6, 5))
-    plain = model(torch.randn(2, 6, 5))
-    assert survey.output_shape == tuple(plain.shape[1:])
-    gates = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}[kind]
-    directions = 2 if "bidirectional" in options else 1
-    inputs = [5] + [7 * directions] * (options.get("num_layers", 1) - 1)
-    assert survey.flops == sum(2 * 12 * directions * gates * 7 * (size + 7) for size in inputs)
-
-
 @pytest.mark.parametrize(("name", "side", "axis"), [("mambaout_femto", 192, -1), ("convnext_atto", 160, 1)])
-def test_channels_are_found_where_the_map_is_a_cube(name, side, axis):
+def test_finds_the_channel_axis_of_a_cube(name, side, axis):
     site = list_sites(timm.create_model(name), (3, side, side))[0]
     assert len(set(site.shape)) == 1
     assert site.channel_axis == axis
