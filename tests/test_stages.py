@@ -4,8 +4,6 @@ import pytest
 import timm
 import torch
 import torchvision
-from rblock_fx.replica import weightless_copy
-from rblock_fx.stages import survey_model
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
