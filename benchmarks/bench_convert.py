@@ -125,7 +125,7 @@ def table(rows: list[Row]) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The README's table: the fastest, the median and the slowest conversion."""
+    """The table of the READMEs: the fastest, the median and the slowest conversion."""
     lines = [
         [
             f"{which} of {len(rows)}: {row['name']}",

@@ -164,7 +164,7 @@ def table(rows: list[harness.Row]) -> str:
 
 
 def markdown(rows: list[harness.Row]) -> str:
-    """The README's table: lowest, median and highest ratio over the maps, a column per dtype."""
+    """The table of the READMEs: lowest, median and highest ratio over the maps, a column per dtype."""
     ratios = {
         "R-Block / torch.cat": ("over_cat", "R-Block"),
         "R-Block, compiled / torch.cat": ("over_cat", "R-Block, compiled"),

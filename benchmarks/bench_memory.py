@@ -197,7 +197,7 @@ def table(rows: list[harness.Row]) -> str:
 
 
 def markdown(rows: list[harness.Row]) -> str:
-    """The README's table: peak of a step over the plain network's, and in brackets over the ideal."""
+    """The table of the READMEs: peak of a step over the plain network's, and in brackets over the ideal."""
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "plain"))
     plain = {row["model"]: row["peak"] for row in rows if row["method"] == "plain"}
     cells = {}

@@ -152,7 +152,7 @@ def summarise(rows: list[Row]) -> list[list[object]]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The README's table: the summary."""
+    """The table of the READMEs: the summary."""
     return harness.format_markdown(SUMMARY, summarise(rows))
 
 

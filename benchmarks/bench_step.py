@@ -155,7 +155,7 @@ def table(rows: list[harness.Row]) -> str:
 
 
 def markdown(rows: list[harness.Row]) -> str:
-    """The README's table: time of a step over the plain network's, and in brackets over the FLOP bound."""
+    """The table of the READMEs: time of a step over the plain network's, and in brackets over the FLOP bound."""
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "plain"))
     cells = {
         (row["model"], row["mode"], row["method"]): f"{row['over_plain']['median']:.2f} ({row['over_bound']:.2f})"

@@ -1,4 +1,4 @@
-"""The tables of the README, from the result files: `python benchmarks/readme.py` writes them between their marks."""
+"""The tables of both READMEs, from the result files: `python benchmarks/readme.py` writes them between their marks."""
 
 import json
 import pathlib
@@ -10,13 +10,14 @@ from benchmarks import bench_convert, bench_masks, bench_memory, bench_rate, ben
 from benchmarks.environment import ROOT
 from benchmarks.harness import RESULTS
 
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 MEASURED = (bench_step, bench_masks, bench_memory, bench_rate, bench_convert)
 
 
 def build_tables() -> dict[str, str]:
-    """Name of a mark -> its table in Markdown, from what was measured on a CPU."""
-    tables = {"zoo": zoo_report.markdown(json.loads(zoo_report.SUMMARY.read_text())["architectures"])}
+    """Name of a mark -> its text in Markdown, from the measurements on a CPU."""
+    summary = json.loads(zoo_report.SUMMARY.read_text())
+    tables = {"zoo": zoo_report.markdown(summary["architectures"]), "zoo_counts": zoo_report.count_in_words(summary)}
     for script in MEASURED:
         name = script.__name__.removeprefix("benchmarks.")
         result = json.loads((RESULTS / f"{name.removeprefix('bench_')}-cpu.json").read_text())
@@ -25,14 +26,16 @@ def build_tables() -> dict[str, str]:
 
 
 def fill(text: str) -> str:
-    """Put each table between its marks, which must be there."""
+    """Put each table between its marks, where a document has them."""
     for name, table in build_tables().items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-        before, rest = text.split(begin)
-        _, after = rest.split(end)
-        text = before + begin + table + end + after
+        if begin in text:
+            before, rest = text.split(begin)
+            _, after = rest.split(end)
+            text = before + begin + table + end + after
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(fill(README.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(fill(document.read_text()))

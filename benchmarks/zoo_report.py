@@ -1,4 +1,4 @@
-"""The summary of the lines of `zoo.py`: results/zoo.json, and the README's table by family."""
+"""The summary of the lines of `zoo.py`: results/zoo.json, and the table by family of benchmarks/README.md."""
 
 import collections
 import json
@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 import sys
+import textwrap
 from typing import Any
 
 from benchmarks.environment import versions
@@ -14,6 +15,12 @@ from benchmarks.harness import RESULTS
 LINES = RESULTS / "zoo.jsonl"
 SUMMARY = RESULTS / "zoo.json"
 CHECKS = ("eval_equal", "keys_equal", "rows_doubled", "halves_differ", "gradients_equal", "gradients_finite")
+IN_WORDS = {
+    "eval_equal": "evaluation is the plain network's bit for bit",
+    "rows_doubled": "training returns 2N rows",
+    "gradients_equal": "the same parameters get gradients",
+    "undropped_error_up_to_1e-4": "both halves are the plain output at drop rate 0",
+}
 
 Line = dict[str, Any]
 
@@ -72,8 +79,22 @@ def undropped_error(numbers: Line) -> float:
     return float(numbers.get("undropped_error_float64", numbers["undropped_error"]))
 
 
+def count_in_words(summary: Line) -> str:
+    """The counts of a summary as sentences for the READMEs."""
+    status, weighted = summary["status"], summary["with_weights"]
+    run = weighted["architectures"]
+    equal = ", ".join(f"{text} in {weighted[check]}" for check, text in IN_WORDS.items())
+    words = (
+        f"Of {summary['architectures_tried']:,} architectures of timm and torchvision, {status['converted']:,} convert "
+        f"and {status['refused']} are refused; {summary['timm_with_maps_converted']} of timm's "
+        f"{summary['timm_with_maps']} whose stages return feature maps convert (`benchmarks/results/zoo.json`, commit "
+        f"{', '.join(summary['commits'])}). {run} were run with weights: {equal}."
+    )
+    return textwrap.fill(words, 120) + "\n"
+
+
 def markdown(lines: list[Line]) -> str:
-    """The README's table: one row per family."""
+    """The table of benchmarks/README.md: one row per family."""
     families: dict[str, list[Line]] = collections.defaultdict(list)
     for line in lines:
         families[line["family"]].append(line)

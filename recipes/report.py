@@ -1,67 +1,345 @@
-"""A report on a sweep: the paper's numbers beside ours, tests, costs and pictures, as Markdown and one HTML page.
+"""Report on a sweep: what each comparison says, the paper's numbers beside ours, costs and pictures, in one HTML page.
 
     python recipes/report.py runs/table3_smoke
     python recipes/report.py runs --output /tmp/report
 
-RUNS is a sweep's output_dir, or any folder of runs, which are then grouped by their settings. report.md, report.html
-(self-contained) and the pictures go to RUNS/report. Runs that are missing are shown as missing.
+RUNS is a sweep's output_dir, or any folder of runs, which are then grouped by their settings. RUNS/report gets
+report.html, which needs no other file, and the numbers as runs.csv and comparisons.csv. Missing runs are listed.
 """
 
+import base64
+import io
+import json
+import math
 import sys
 from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import jinja2
+import matplotlib
+import numpy as np
+import pandas as pd
+from findings import Study, best_until, collect_study, compare_primary, lower_is_better, t_interval
 from jsonargparse import ArgumentParser
-from reporting.collect import collect
-from reporting.figures import draw_figures
-from reporting.page import to_html
-from reporting.text import report_text
-from training.run_folder import write_atomically
-from training.settings import RecipeError, argument_error, exit_with
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from study import StudyError, exit_with
+
+LABELS = {
+    "top1_last": "top-1, last epoch (%)", "top1_best": "top-1, best epoch (%)", "test_top1": "test top-1 (%)",
+    "test_ce": "negative log-likelihood", "test_ece": "calibration error (%)", "gap_kl": "gap, KL in nats",
+    "gap_agreement": "gap, same class (%)", "drop_rate": "measured drop rate", "wall_time_seconds": "wall time (s)",
+    "images_per_second": "images/s", "wall_seconds": "wall time (s)",
+}  # fmt: skip
+COSTS = ("wall_time_seconds", "images_per_second", "gap_kl", "gap_agreement", "drop_rate")
+# Okabe and Ito's colours, which any colour vision tells apart; after the last one the line style changes
+COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#8C6D31", "#7F7F7F")
 
 
 def main() -> None:
-    """Read the options and write the report; exit code 2 for a mistake."""
+    """Write the report of the command line; exit status 2 for a mistake."""
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=__doc__.partition("\n\n")[0])
+    parser.add_argument("runs", type=str, help="a sweep's output_dir, or any folder of runs")
+    parser.add_argument("--output", type=str | None, help="folder of the report; default: RUNS/report")
     try:
-        runs, output = read_options(sys.argv[1:])
-        print(write_report(runs, output or runs / "report"))
-    except RecipeError as error:
+        options = parser.parse_args(sys.argv[1:])
+        print(write_report(Path(options.runs), Path(options.output or Path(options.runs, "report"))))
+    except (StudyError, ArgumentError) as error:
         exit_with(error)
 
 
-def read_options(words: list[str]) -> tuple[Path, Path | None]:
-    """(the folder of runs, where the report goes) of a command line.
-
-    Raises:
-        RecipeError: an option is unknown or missing.
-    """
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=__doc__.partition("\n\n")[0])
-    parser.add_argument("runs", type=str, help="a sweep's output_dir, or any folder of runs")
-    parser.add_argument("--output", type=str | None, help="where the report goes; RUNS/report by default")
-    try:
-        options = parser.parse_args(words)
-    except ArgumentError as error:
-        raise argument_error(error, {"output": str}, "recipes/report.py") from error
-    return Path(options.runs), Path(options.output) if options.output is not None else None
-
-
 def write_report(folder: Path, output: Path) -> Path:
-    """Write report.md, report.html and the pictures; returns the page's path.
-
-    Raises:
-        RecipeError: there is nothing to report on, or the output cannot be written.
-    """
-    runs = collect(folder)
+    """Write the page and the CSV files and return the page's path; raises StudyError if it cannot."""
+    study = collect_study(folder)
+    comparisons = compare_primary(study)
+    template = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    source = Path(__file__).resolve().with_name("report.html.jinja2").read_text()
+    done = study.runs["state"] == "done"
+    shared, own = shared_settings(study)
+    page = template.from_string(source).render(
+        title=study.table.title, table=html_table, columns=[c.name for c in study.table.columns], count=len(done),
+        done=int(done.sum()), seeds=study.table.seeds, sentences=list(sentences(study, comparisons)),
+        missing=missing_table(study), command=study.command, glance=glance_table(study),
+        parts={column.name: column_part(study, comparisons, column.name) for column in study.table.columns},
+        shared=shared, own=own, versions=versions(study),
+    )  # fmt: skip
     try:
         output.mkdir(parents=True, exist_ok=True)
-        figures = draw_figures(runs, output)
-        text = report_text(runs, figures)
-        write_atomically(output / "report.md", lambda file: file.write_text(text, encoding="utf-8"))
-        page = to_html(text, runs.grid.title, output)
-        write_atomically(output / "report.html", lambda file: file.write_text(page, encoding="utf-8"))
+        study.runs.drop(columns=["config", "versions"], errors="ignore").to_csv(output / "runs.csv", index=False)
+        comparisons.to_csv(output / "comparisons.csv", index=False)
+        (output / "report.html.tmp").write_text(page, encoding="utf-8")
+        (output / "report.html.tmp").replace(output / "report.html")
     except OSError as error:
-        raise RecipeError(f"cannot write the report to {output}: {error.strerror}") from error
+        raise StudyError(f"cannot write the report to {output}: {error.strerror}") from error
     return output / "report.html"
+
+
+def html_table(frame: pd.DataFrame) -> str:
+    """Return a table as HTML, a dash where there is no number; the first column is the row's heading."""
+    names = list(frame.columns)
+    frame = frame.astype(object).where(frame.notna(), "-")
+    html: str = frame.set_index(names[0]).rename_axis(None).rename_axis(names[0], axis="columns").to_html(
+        border=0, escape=True
+    )  # fmt: skip
+    return html
+
+
+def label(measure: str) -> str:
+    """Return the words for a measure; its name if it has none."""
+    return LABELS.get(measure, measure)
+
+
+def digits(measure: str) -> int:
+    """Return the decimals that a measure is shown with: two of a percentage, one of a time, four of a loss."""
+    return 2 if any(word in measure for word in ("top1", "agreement", "ece")) else 1 if "second" in measure else 4
+
+
+def spread(values: "pd.Series[float]", places: int) -> str | None:
+    """Write mean and sample standard deviation; None without values."""
+    if values.empty:
+        return None
+    return f"{values.mean():.{places}f}" + (f" ± {values.std():.{places}f}" if len(values) > 1 else "")
+
+
+def interval(low: float, high: float, places: int, sign: str = "") -> str | None:
+    """Write an interval; None if there is none."""
+    return None if math.isnan(low) else f"{low:{sign}.{places}f} to {high:{sign}.{places}f}"
+
+
+def p_text(p: float) -> str | None:
+    """Write p with two figures, or as a bound where it is tiny."""
+    return None if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def sentences(study: Study, comparisons: pd.DataFrame) -> Iterator[tuple[str, str]]:
+    """Say what each primary comparison shows: (verdict, sentence)."""
+    for one in comparisons[comparisons["measure"] == study.table.measures[0]].itertuples():
+        where = f" on {one.column}" if len(study.table.columns) > 1 else ""
+        pair, places = f"{one.row}{where}", digits(one.measure)
+        if math.isnan(one.holm):
+            why = "no common seed is finished" if one.seeds == 0 else f"{one.seeds} common seeds without spread" if (
+                one.seeds > 1) else f"one common seed, difference {one.difference:+.{places}f}"  # fmt: skip
+            yield "untested", f"{pair} cannot be tested against {one.against}: {why}."
+            continue
+        gain = -one.difference if lower_is_better(one.measure) else one.difference
+        verdict = "not distinguishable from" if one.holm >= 0.05 else "better than" if gain > 0 else "worse than"
+        visible = f"The study could have seen a difference of {one.smallest:.{places}f}"
+        if "top1" in one.measure and one.smallest > 100:
+            visible = "With so few seeds the study could not have seen any difference"
+        cost = "" if math.isnan(one.time) else f", at {one.time:.2f} times its training time"
+        text = (
+            f"{pair} is {verdict} {one.against}: {label(one.measure)} {one.difference:+.{places}f} (95 % interval "
+            f"{interval(one.low, one.high, places, '+')}, p = {p_text(one.holm)} after Holm, {one.seeds} seeds){cost}. "
+        )
+        yield verdict.split()[0], f"{text}{visible}."
+
+
+def missing_table(study: Study) -> pd.DataFrame:
+    """List the runs that are not finished, seeds of one cell and state together."""
+    missing = study.runs[study.runs["state"] != "done"]
+    seeds = missing.groupby(["column", "row", "state", "why"], sort=False)["seed"]
+    return seeds.agg(lambda seeds: ", ".join(map(str, seeds))).rename("seeds").reset_index()
+
+
+def glance_table(study: Study) -> pd.DataFrame | None:
+    """Put the paper's top-1 beside ours at the best epoch; None if the table has no numbers of the paper."""
+    ours = [column.name for column in study.table.columns]
+    theirs = dict.fromkeys(name for row in study.table.rows for name in row.paper)
+    if not theirs:
+        return None
+    lines = []
+    for row in study.table.rows:
+        line: dict[str, Any] = {"method": row.name}
+        for column in ours:
+            line |= {f"paper, {column}": paper_number(row.paper.get(column))} if column in theirs else {}
+            line[f"ours, {column}"] = spread(study.values(column, row.name, "top1_best"), 2)
+        others = [name for name in theirs if name not in ours]
+        lines.append(line | {f"paper, {name} (other data)": paper_number(row.paper.get(name)) for name in others})
+    return pd.DataFrame(lines)
+
+
+def paper_number(value: float | list[float] | None) -> str | None:
+    """Write the paper's top-1 at the end of the run."""
+    return None if value is None else f"{value[-1] if isinstance(value, list) else value:.2f}"
+
+
+def column_part(study: Study, comparisons: pd.DataFrame, column: str) -> dict[str, Any]:
+    """Return the tables and pictures of one data set and model."""
+    rows = [row for row in study.table.rows if (column, row.name) in study.cells]
+    first, lines, costs = rows[0].name, [], []
+    for row in rows:
+        asked = study.runs[(study.runs["column"] == column) & (study.runs["row"] == row.name)]
+        line: dict[str, Any] = {"method": row.name, "seeds": f"{(asked['state'] == 'done').sum()} of {len(asked)}"}
+        for measure in [name for name in study.table.measures if name in study.runs]:
+            values, places = study.values(column, row.name, measure), digits(measure)
+            line |= {label(measure): spread(values, places)}
+            line |= {f"95 % interval of {label(measure)}": interval(*t_interval(values), places)}
+        lines.append(line)
+        seconds, base = (study.values(column, name, "wall_time_seconds") for name in (row.name, first))
+        epochs = sorted({int(value) for value in study.values(column, row.name, "epochs")})
+        cost = {"method": row.name, "epochs": ", ".join(map(str, epochs)) or None,
+                f"time relative to {first}": spread((seconds / base).dropna(), 2)}  # fmt: skip
+        costs.append(cost | {label(name): spread(study.values(column, row.name, name), digits(name)) for name in COSTS})
+    return {
+        "measures": pd.DataFrame(lines), "costs": pd.DataFrame(costs), "stages": stages_table(study, column),
+        "tests": tests_table(comparisons[comparisons["column"] == column]),
+        "pictures": list(draw_pictures(study, comparisons, column)),
+    }  # fmt: skip
+
+
+def tests_table(comparisons: pd.DataFrame) -> pd.DataFrame | None:
+    """List the primary comparisons of a column; None if its rows name none."""
+    lines = []
+    for one in comparisons.itertuples():
+        places = digits(one.measure)
+        numbers = [None if math.isnan(x) else f"{x:+.{places}f}" for x in (one.difference, one.smallest)]
+        lines.append({
+            "method": one.row, "against": one.against, "measure": label(one.measure),
+            "difference": numbers[0], "95 % interval": interval(one.low, one.high, places, "+"), "p": p_text(one.p),
+            "p, Holm": p_text(one.holm), "smallest visible": (numbers[1] or "").lstrip("+") or None,
+            "seeds": one.seeds,
+        })  # fmt: skip
+    return pd.DataFrame(lines) if lines else None
+
+
+def stages_table(study: Study, column: str) -> pd.DataFrame | None:
+    """Put the best test top-1 within the first shares of the epochs beside the paper's; None without stages."""
+    if not study.table.stages:
+        return None
+    header = ["method", "whose", *(f"{100 * stage:g} %" for stage in study.table.stages)]
+    lines: list[list[str | None]] = []
+    for row in study.table.rows:
+        for name, value in row.paper.items():
+            whose = "paper" if name == column else f"paper, {name}"
+            lines.append([row.name, whose, *(f"{stage:.2f}" for stage in value)])  # type: ignore[union-attr]
+        epochs = study.epochs[(study.epochs["column"] == column) & (study.epochs["row"] == row.name)]
+        best = [best_until(run["test_top1"], study.table.stages, len(run)) for _, run in epochs.groupby("seed")]
+        ours = pd.DataFrame(best, columns=header[2:])
+        lines.append([row.name, "ours", *(spread(ours[stage], 2) for stage in header[2:])])
+    return pd.DataFrame(lines, columns=header)
+
+
+def shared_settings(study: Study) -> tuple[str, pd.DataFrame | None]:
+    """Return the settings that all cells share, as lines, and a table of those in which they differ."""
+    settings = pd.DataFrame([{k: json.dumps(v) for k, v in cell.items()} for cell in study.cells.values()])
+    settings = settings.drop(columns=["output_dir", "seed", "resume"], errors="ignore")
+    same = [key for key in settings if settings[key].nunique(dropna=False) == 1]
+    own = settings.drop(columns=same)
+    own.insert(0, "run", [f"{column}, {row}" for column, row in study.cells])
+    return "\n".join(f"{key}: {settings[key].iloc[0]}" for key in same), own if own.shape[1] > 1 else None
+
+
+def versions(study: Study) -> str:
+    """Return each version and device that the runs were made with, and by how many if not by all."""
+    done = study.runs[study.runs["state"] == "done"]
+    if done.empty:
+        return "No run is finished."
+    named = pd.DataFrame([run["versions"] | {"device": run.get("device")} for run in done.to_dict("records")])
+    counts = [(name, value, n) for name in named for value, n in named[name].value_counts().items()]
+    return ", ".join(f"{k} {v}" + (f" ({n} of {len(done)} runs)" if n < len(done) else "") for k, v, n in counts) + "."
+
+
+def draw_pictures(study: Study, comparisons: pd.DataFrame, column: str) -> Iterator[tuple[str, str]]:
+    """Draw every picture of a column for which there are numbers: (data URI of an SVG, what it shows)."""
+    first = study.table.measures[0]
+    name = label(first)
+    values = [(row.name, study.values(column, row.name, first)) for row in study.table.rows]
+    lines = [(r, v.mean(), *t_interval(v), v.tolist()) for r, v in values if len(v)]
+    if lines:
+        yield (
+            draw_intervals(lines, name),
+            (f"{name[0].upper()}{name[1:]} by method: dots are seeds, bars their mean, lines its 95 % t interval."),
+        )
+    tested = comparisons[(comparisons["column"] == column) & comparisons["holm"].notna()]
+    lines = [
+        (f"{c.row} against\n{c.against}", c.difference, c.low, c.high, [-c.smallest, c.smallest])
+        for c in tested[tested["measure"] == first].itertuples()
+    ]
+    if lines:
+        yield (
+            draw_intervals(lines, f"difference, {name}", zero=True),
+            (
+                "Primary comparisons: difference with its 95 % interval before correction. "
+                "The dots are the differences that the study could have seen."
+            ),
+        )
+    for x, y, best, text in (
+        ("epoch", "test_top1", False, "Test top-1 over the epochs"),
+        ("wall_seconds", "test_top1", True, "Best test top-1 so far against wall time: compare methods at one cost"),
+        ("epoch", "gap_kl", False, "Gap between training and inference, KL(full network || sub-model) on test images"),
+    ):
+        drawn = draw_lines(study, column, x, y, best)
+        if drawn:
+            yield drawn, f"{text}. Mean over seeds, the band from the lowest to the highest seed."
+
+
+def draw_intervals(lines: Sequence[tuple[str, float, float, float, list[float]]], text: str, zero: bool = False) -> str:
+    """Draw a line for each (name, mean, low, high, dots)."""
+    figure = Figure(figsize=(5.2, 1.1 + (0.42 if zero else 0.3) * len(lines)), layout="constrained")
+    axes: Axes = figure.subplots()
+    for place, (_, mean, low, high, dots) in enumerate(lines):
+        color = COLORS[0 if zero else place % len(COLORS)]
+        axes.plot(dots, [place] * len(dots), "o", color=color, alpha=0.35, markersize=4)
+        axes.plot([low, high], [place, place], "-", color=color, linewidth=2)
+        axes.plot(mean, place, "|", color=color, markersize=14, markeredgewidth=2.5)
+        axes.annotate(f"{mean:.2f}", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    if zero:
+        axes.axvline(0, color="0.5", linewidth=1)
+        reach = 1.5 * max(max(-low, high) for _, _, low, high, _ in lines)  # with few seeds the dots are far beyond
+        axes.set_xlim(-reach, reach)
+    else:  # an interval of two seeds can be far wider than all dots: keep the dots apart
+        seen = np.concatenate([line[4] for line in lines])
+        margin = max(0.1, float(np.ptp(seen)))
+        axes.set_xlim(seen.min() - margin, seen.max() + margin)
+    axes.set(xlabel=text, ylim=(len(lines) - 0.5, -0.5))
+    axes.set_yticks(range(len(lines)), [line[0] for line in lines], fontsize=8)
+    axes.grid(alpha=0.3, axis="x")
+    return to_data_uri(figure)
+
+
+def draw_lines(study: Study, column: str, x: str, y: str, best_so_far: bool) -> str | None:
+    """Draw mean and range over seeds by epoch for every row; None if no run has the two columns."""
+    if not {x, y} <= set(study.epochs.columns):
+        return None
+    epochs = study.epochs[study.epochs["column"] == column].dropna(subset=[x, y])
+    if epochs.empty:
+        return None
+    if best_so_far:
+        epochs = epochs.assign(**{y: epochs.groupby(["row", "seed"])[y].cummax()})
+    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+    axes: Axes = figure.subplots()
+    for index, row in enumerate(study.table.rows):
+        runs = epochs[epochs["row"] == row.name].groupby("epoch")
+        if len(runs):
+            color, style = COLORS[index % len(COLORS)], ("-", "--", ":")[index // len(COLORS) % 3]
+            place, height = runs[x].mean(), runs[y]
+            text = f"{row.name}  {height.mean().iloc[-1]:.{digits(y)}f}"
+            axes.plot(place, height.mean(), style, color=color, label=text, linewidth=1.5, marker=".")
+            axes.fill_between(place, height.min(), height.max(), color=color, alpha=0.1, linewidth=0)
+    axes.set(xlabel=label(x), ylabel=label(y))
+    if y == "test_top1":  # before a third of the epochs, all curves climb from chance
+        late = epochs[epochs["epoch"] > epochs["epoch"].max() / 3][y]
+        axes.set_ylim(late.min() - 1, min(100.5, late.max() + 1))
+    else:
+        axes.set_yscale("log")
+    if x == "epoch":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, title="at the end", title_fontsize=8)
+    return to_data_uri(figure)
+
+
+def to_data_uri(figure: Figure) -> str:
+    """Return a figure as an SVG inside a URI; equal figures give equal bytes."""
+    file = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "rblock"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
 if __name__ == "__main__":

@@ -5,253 +5,336 @@
     python recipes/sweep.py table1 --seeds [0,1,2,3,4] --cluster slurm --cluster_options '{slurm_partition: gpu}'
     python recipes/sweep.py table3 --output_dir runs/short -- --epochs 20 --milestones [8,13,18]
 
-The first lists the commands, the second runs them two at a time and writes the report, the third sends each to a SLURM
-cluster (pip install submitit), the fourth gives every run options of train.py. Runs lie in
-OUTPUT_DIR/column/row/seed0, their logs beside them. The same command again goes on where the last one ended: finished
-runs are skipped, interrupted ones resumed, broken ones done again.
+The first lists the commands. The second runs them two at a time, each on a GPU of its own if there are two, and writes
+the report. The third submits each run to SLURM (pip install submitit). The fourth passes options to every run. Runs are
+in OUTPUT_DIR/column/row/seed0 with their logs beside them. Run the same command again to go on after an interruption:
+finished runs are skipped, interrupted ones resumed, broken ones repeated.
 """
 
+import os
+import re
 import shlex
+import signal
+import subprocess
 import sys
+import threading
+import time
 from argparse import ArgumentError
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
+import psutil
+import torch
 import yaml
-from jsonargparse import ArgumentParser
-from sweeping.grid import (
-    PER_RUN,
-    Grid,
-    Run,
-    differences,
-    find_table,
-    grid_runs,
-    make_grid,
-    plain,
-    read_grid,
-    shown_path,
-)
-from sweeping.jobs import Outcome, run_all
-from sweeping.run_state import Found, look
-from training.run_folder import claim, write_atomically, writing
-from training.settings import RecipeError, argument_error, exit_with
+from filelock import FileLock, Timeout
+from findings import Found, inspect_all, inspect_run, refuse_other_sweep
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
+from study import Run, StudyError, Table, exit_with, find_table, make_table, plan_runs, read_table, shown_path
 
-SWEEP_FILE = "sweep.yaml"
+# what train.py says of a folder that it can neither continue nor start in
+UNUSABLE = re.compile(r"error: (\(process \d+\) )?(resume: |output_dir .* holds )")
+STOP_SECONDS = 120  # after Ctrl-C a run finishes its step and saves; then it is killed
 
-
-@dataclass
-class Options:
-    """The command line of a sweep."""
-
-    table: str
-    output_dir: str | None = None  # instead of the table's
-    config: str | None = None  # one column of this config instead of the table's columns
-    seeds: list[int] | None = None  # instead of the table's
-    jobs: int = 1  # runs at a time
-    num_processes: int = 1  # of each run, on one machine
-    cluster: Literal["slurm", "local"] | None = None  # submit through submitit instead of starting processes here
-    cluster_options: dict[str, Any] = field(default_factory=dict)  # of submitit's update_parameters
-    dry_run: bool = False
-    report: bool = False
-    extra: list[str] = field(default_factory=list)  # what follows --
+Command = list[str]
+Start = Callable[[Run, Command], tuple[str, Path]]  # runs a command to its end; returns (last line of its log, the log)
 
 
 def main() -> None:
-    """Read the options and run the table; exit code 2 for a mistake, 1 if a run failed, 130 if interrupted."""
+    """Run the table of the command line; exit status 2 for a mistake, 1 if a run failed, 130 if interrupted."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT, too: a shell starts background jobs with it ignored
+        signal.signal(number, signal.default_int_handler)
     try:
-        code = sweep(read_options(sys.argv[1:]))
-    except RecipeError as error:
+        sys.exit(sweep(read_options(sys.argv[1:])))
+    except StudyError as error:
         exit_with(error)
-    sys.exit(code)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
-def sweep(options: Options) -> int:
-    """The whole sweep, top to bottom; returns the exit code.
-
-    Raises:
-        RecipeError: the table, a run's settings or what lies in the output folder do not fit; nothing has started.
-    """
-    grid = asked_grid(options)
-    runs = grid_runs(grid, options.extra)
-    found = look_at_all(runs)
-    folder = Path(grid.output_dir)
-    record = sweep_record(grid, runs, options)
-    refuse_other_sweep(folder, record)
-    commands = [command_of(run, options.num_processes) for run in runs]
-    if options.dry_run:
-        for state, command in zip(found, commands, strict=True):
-            print(f"{shlex.join(command)}  # {state.state}{f': {state.why}' if state.why else ''}")
-        return 0
-    with claim(folder):
-        return start_runs(options, grid, runs, commands, found, record)
-
-
-def start_runs(
-    options: Options, grid: Grid, runs: list[Run], commands: list[list[str]], found: list[Found], record: dict[str, Any]
-) -> int:
-    """Write sweep.yaml, start what is not done, tell what became of it; returns the exit code.
+def read_options(words: list[str]) -> Namespace:
+    """Parse a command line; everything after -- goes to train.py unchanged.
 
     Raises:
-        RecipeError: the folder cannot be written.
-    """
-    folder = Path(grid.output_dir)
-    with writing(folder):
-        write_atomically(folder / SWEEP_FILE, lambda file: file.write_text(yaml.safe_dump(record, sort_keys=False)))
-    todo = [(run, command) for run, command, state in zip(runs, commands, found, strict=True) if state.state != "done"]
-    counts = Counter(state.state for state in found)
-    print(
-        f"{grid.title}: {len(runs)} runs, {', '.join(f'{count} {state}' for state, count in counts.items())}",
-        flush=True,
-    )
-    outcomes, interrupted = run_all(todo, options.jobs, options.cluster, options.cluster_options, folder)
-    summarise(runs, found, outcomes)
-    if options.report and not interrupted:
-        from report import write_report
-
-        print(f"report: {write_report(folder, folder / 'report')}")
-    if interrupted:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return int(any(not outcome.done for outcome in outcomes.values()))
-
-
-def read_options(words: list[str]) -> Options:
-    """The options of a command line; what follows -- goes to train.py as it stands.
-
-    Raises:
-        RecipeError: an option is unknown, has the wrong type or range.
+        StudyError: an option is unknown or has the wrong type or range.
     """
     cut = words.index("--") if "--" in words else len(words)
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=__doc__.partition("\n\n")[0])
-    parser.add_argument("table", type=str, help="a table's name (recipes/tables) or the path of a YAML file")
+    parser.add_argument("table", type=str, help="the name of a table in recipes/tables, or the path of a YAML file")
     parser.add_argument("--output_dir", type=str | None, help="instead of the table's")
-    parser.add_argument("--config", type=str | None, help="one column of this train config instead of the table's")
+    parser.add_argument("--config", type=str | None, help="one column with this config, instead of the table's columns")
     parser.add_argument("--seeds", type=list[int] | None, help="instead of the table's, e.g. [0,1,2]")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--num_processes", type=int, default=1, help="processes of each run, on one machine")
+    parser.add_argument("--jobs", type=PositiveInt, default=1, help="runs at a time, each on a GPU of its own")
+    parser.add_argument("--num_processes", type=PositiveInt, default=1, help="processes (GPUs) of each run")
     parser.add_argument("--cluster", type=Literal["slurm", "local"] | None, help="submit through submitit")
-    parser.add_argument(
-        "--cluster_options", type=dict[str, Any], default={}, help="e.g. '{timeout_min: 600, gpus_per_node: 1}'"
-    )
+    parser.add_argument("--cluster_options", type=dict[str, Any], default={}, help="e.g. '{timeout_min: 600}'")
     parser.add_argument("--dry_run", action="store_true", help="list the commands and start nothing")
     parser.add_argument("--report", action="store_true", help="write the report at the end")
     try:
-        options = Options(**parser.parse_args(words[:cut]).as_dict(), extra=words[cut + 1 :])
+        options = parser.parse_args(words[:cut])
     except ArgumentError as error:
-        raise argument_error(error, get_type_hints(Options), "recipes/sweep.py") from error
-    for name in ("jobs", "num_processes"):
-        if getattr(options, name) < 1:
-            raise RecipeError(f"{name} is {getattr(options, name)}; expected at least 1, e.g. --{name} 1")
+        raise StudyError(f"{error}; python recipes/sweep.py --help lists the options") from error
     if options.cluster_options and not options.cluster:
-        raise RecipeError("cluster_options without a cluster; name it, e.g. --cluster slurm")
+        raise StudyError("--cluster_options needs a cluster, e.g. --cluster slurm")
+    options.extra = words[cut + 1 :]
     return options
 
 
-def asked_grid(options: Options) -> Grid:
-    """The table with what the command line puts in its place.
+def sweep(options: Namespace) -> int:
+    """Run the whole sweep and return the exit status.
 
     Raises:
-        RecipeError: there is no such table, or it does not fit together.
+        StudyError: the table, a run's settings or the contents of the output folder do not fit; nothing was started.
     """
-    grid = read_grid(find_table(options.table))
-    values = asdict(grid)
+    table = requested_table(options)
+    runs = plan_runs(table, options.extra, options.num_processes)
+    record, folder = sweep_record(table, runs, options), Path(table.output_dir)
+    found = inspect_all(runs)
+    refuse_other_sweep(folder / "sweep.yaml", record)
+    commands = [command_of(run) for run in runs]
+    if options.dry_run:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
+        for state, command in zip(found, commands, strict=True):
+            print(f"{shlex.join(command)}  # {state.state}{f': {state.why}' if state.why else ''}")
+        return 0
+    with lock(folder):
+        (folder / "sweep.yaml.tmp").write_text(yaml.safe_dump(record, sort_keys=False))
+        (folder / "sweep.yaml.tmp").replace(folder / "sweep.yaml")
+        counts = ", ".join(f"{n} {state}" for state, n in Counter(state.state for state in found).items())
+        print(f"{table.title}: {len(runs)} runs, {counts}", flush=True)
+        todo = [(r, c) for r, c, state in zip(runs, commands, found, strict=True) if state.state != "done"]
+        outcomes, interrupted = run_all(todo, options, folder)
+        ended = Counter(outcome.what for outcome in outcomes.values()) + Counter(
+            {"not started": len(todo) - len(outcomes)}
+        )
+        print(", ".join(f"{n} {what}" for what, n in ended.items()) or "nothing to do")
+        for name, outcome in outcomes.items():
+            if outcome.found.state != "done":
+                print(f"{name}: {outcome.last_line} (log: {outcome.log})", file=sys.stderr)
+        if interrupted:
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+            return 130
+        if options.report:
+            from report import write_report
+
+            print(f"report: {write_report(folder, folder / 'report')}")
+    return int(any(outcome.found.state != "done" for outcome in outcomes.values()))
+
+
+def requested_table(options: Namespace) -> Table:
+    """Read the table and replace in it what the command line gives."""
+    values = asdict(read_table(find_table(options.table)))
     if options.config is not None:
         values["columns"] = [{"name": Path(options.config).stem, "config": options.config}]
-    given = {"output_dir": options.output_dir, "seeds": options.seeds}
-    return make_grid(values | {key: value for key, value in given.items() if value is not None})
+    given = {key: options[key] for key in ("output_dir", "seeds") if options[key] is not None}
+    return make_table(values | given)
 
 
-def look_at_all(runs: list[Run]) -> list[Found]:
-    """The state of every run's folder.
-
-    Raises:
-        RecipeError: names every folder that holds another experiment.
-    """
-    found, problems = [], []
-    for run in runs:
-        try:
-            found.append(look(run.folder, plain(run.config)))
-        except RecipeError as error:
-            problems.append(str(error))
-    if problems:
-        raise RecipeError(" | ".join(problems))
-    return found
-
-
-def command_of(run: Run, num_processes: int) -> list[str]:
-    """What starts or continues a run, as a user could paste it."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", str(num_processes)]
-    if num_processes > 1:  # torchrun's workers, with or without an accelerator; port 0: runs side by side must not meet
+def command_of(run: Run) -> Command:
+    """Return the command that starts or continues a run, as a user could paste it."""
+    processes = run.settings["num_processes"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", str(processes)]
+    if processes > 1:  # torchrun's workers, also on a CPU; port 0: runs side by side need different ports
         command += ["--multi_gpu", "--main_process_port", "0"]
     train = shown_path(Path(__file__).resolve().with_name("train.py"))
     return [*command, train, *run.options, "--resume", "auto"]
 
 
-def sweep_record(grid: Grid, runs: list[Run], options: Options) -> dict[str, Any]:
-    """What sweep.yaml keeps: the grid, the command that completes it, and each cell's resolved settings."""
-    launch = ["python", shown_path(Path(__file__).resolve()), options.table, "--output_dir", grid.output_dir]
+def sweep_record(table: Table, runs: list[Run], options: Namespace) -> dict[str, Any]:
+    """Return the contents of sweep.yaml: the table, the command that completes it, and the settings of each cell."""
+    launch = ["python", shown_path(Path(__file__).resolve()), options.table, "--output_dir", table.output_dir]
     launch += ["--config", options.config] if options.config is not None else []
-    launch += ["--seeds", str(grid.seeds).replace(" ", "")]
-    launch += ["--num_processes", str(options.num_processes)] * (options.num_processes > 1)
-    launch += ["--", *options.extra] * bool(options.extra)
+    launch += ["--seeds", str(table.seeds).replace(" ", "")]
+    launch += ["--num_processes", str(options.num_processes)] if options.num_processes > 1 else []
+    launch += ["--", *options.extra] if options.extra else []
     cells: dict[str, dict[str, Any]] = {}
     for run in runs:
-        settings = {
-            key: value for key, value in plain(run.config).items() if key not in ("output_dir", "seed", "resume")
-        }
-        cells.setdefault(run.column, {})[run.row] = settings
-    return {"command": shlex.join(launch), "grid": asdict(grid), "extra": options.extra, "cells": cells}
+        own = {key: value for key, value in run.settings.items() if key not in ("output_dir", "seed", "resume")}
+        cells.setdefault(run.column, {})[run.row] = own
+    return {"command": shlex.join(launch), "table": asdict(table), "cells": cells}
 
 
-def refuse_other_sweep(folder: Path, record: dict[str, Any]) -> None:
-    """A folder's sweep may grow by seeds, rows and columns; it may not become another one.
-
-    Raises:
-        RecipeError: sweep.yaml is unreadable, or has runs that this grid has not, or has them with other settings.
-    """
-    path = folder / SWEEP_FILE
-    if not path.exists():
-        return
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Create the folder and hold it: StudyError if another process does, or if it cannot be written."""
     try:
-        before = yaml.safe_load(path.read_text())
-        seeds, cells = before["grid"]["seeds"], before["cells"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise RecipeError(
-            f"{path} cannot be read ({type(error).__name__}); move it away: mv {path} {path}.old"
-        ) from error
-    lost = [f"seed {seed}" for seed in seeds if seed not in record["grid"]["seeds"]]
-    for column, rows in cells.items():
-        for row, settings in rows.items():
-            now = record["cells"].get(column, {}).get(row)
-            if now is None:
-                lost.append(f"{column}/{row}")
-            else:
-                changed = differences(settings, now, PER_RUN)
-                lost += [f"{column}/{row} with other settings: {', '.join(changed)}"] * bool(changed)
-    if lost:
-        raise RecipeError(
-            f"{folder} holds a sweep that this one does not contain: {'; '.join(lost)}. Name another folder with "
-            f"--output_dir, or go on with that one: {before.get('command', 'see ' + str(path))}"
-        )
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", blocking=False):
+            yield
+    except Timeout as error:
+        raise StudyError(f"another process works in {folder}; wait for it, or choose another --output_dir") from error
+    except OSError as error:
+        raise StudyError(f"cannot write to {folder}: {error.strerror}; choose another --output_dir") from error
 
 
-def summarise(runs: list[Run], found: list[Found], outcomes: dict[str, Outcome]) -> None:
-    """One line a run: what became of it, and the last word of one that failed."""
-    from rblock_fx.tables import format_table
+@dataclass(frozen=True)
+class Outcome:
+    """What a run that was started has left: a result or not, whatever its exit status; its last line and its log."""
 
-    lines = []
-    for run, state in zip(runs, found, strict=True):
-        outcome = outcomes.get(run.name)
-        result = state.result if outcome is None else outcome.result
-        what = "skipped, done before" if state.state == "done" else "not started" if outcome is None else outcome.what
-        top1 = (f"{result['top1_best']:.2f}", f"{result['top1_last']:.2f}") if result else (None, None)
-        lines.append((run.name, what, *top1))
-    print(format_table(("run", "state", "best top-1", "last top-1"), lines))
-    for name, outcome in outcomes.items():
-        if not outcome.done:
-            print(f"{name}: {outcome.last_line} (log: {outcome.log})", file=sys.stderr)
+    what: str
+    last_line: str
+    log: Path
+    found: Found
+
+
+def run_all(todo: list[tuple[Run, Command]], options: Namespace, folder: Path) -> tuple[dict[str, Outcome], bool]:
+    """Start every run, `--jobs` at a time; one that fails does not stop the others.
+
+    Returns:
+        the outcome by the run's name, and whether Ctrl-C or SIGTERM ended the sweep early.
+    """
+    here = Processes(options.jobs, options.num_processes)
+    start = here.start if options.cluster is None else submitter(options, here, folder / "submitit")
+    # SLURM has a queue of its own: submit everything at once, unless the user limits it
+    workers = max(1, len(todo)) if options.cluster == "slurm" and options.jobs == 1 else options.jobs
+    outcomes: dict[str, Outcome] = {}
+    interrupted = False
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(run_once, run, command, start): run for run, command in todo}
+        try:
+            for future in as_completed(futures):
+                outcome = future.result()
+                top1 = outcome.found.result.get("top1_last")
+                tail = outcome.last_line if top1 is None else f"top-1 {top1:.2f} %"
+                name = futures[future].name
+                outcomes[name] = outcome
+                print(f"[{len(outcomes)}/{len(todo)}] {name}: {outcome.what}: {tail}", flush=True)
+        except KeyboardInterrupt:
+            interrupted = True
+            pool.shutdown(wait=False, cancel_futures=True)  # those that have not started
+            if options.cluster:
+                print("submitted jobs go on; end them with the cluster's own tools (scancel)", flush=True)
+                os._exit(130)  # the threads wait for jobs that may take days
+            print("stopping: the runs save and end", flush=True)
+            here.stop()
+    outcomes |= {run.name: future.result() for future, run in futures.items() if not future.cancelled()}
+    return outcomes, interrupted
+
+
+def run_once(run: Run, command: Command, start: Start) -> Outcome:
+    """Start or continue a run; a folder that train.py cannot continue is renamed, once, and never deleted."""
+    line, log = start(run, command)
+    aside = ""
+    if UNUSABLE.match(line):
+        number = 1
+        while (moved := run.folder.with_name(f"{run.folder.name}.unusable{number}")).exists():
+            number += 1
+        run.folder.rename(moved)
+        aside = f" (the old files are in {moved.name})"
+        line, log = start(run, command)
+    try:
+        found = inspect_run(run.folder, run.settings)
+    except StudyError as error:
+        return Outcome(f"failed{aside}", str(error), log, Found("broken", str(error)))
+    what = {"done": "done", "to resume": "stopped"}.get(found.state, "failed")
+    return Outcome(what + aside, line, log, found)
+
+
+def last_line(text: str) -> str:
+    """Return the line that says why a run ended: train.py's own error if there is one, else the last one."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "no output")
+
+
+class Processes:
+    """The runs that are processes of this machine, and its GPUs."""
+
+    def __init__(self, jobs: int, num_processes: int) -> None:
+        """Find the GPUs; share the cores between the processes unless OMP_NUM_THREADS is set."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = range(torch.cuda.device_count()) if visible is None else [n for n in visible.split(",") if n.strip()]
+        self.runs_on_gpu = {str(gpu).strip(): 0 for gpu in gpus}
+        self.num_processes = num_processes
+        if 0 < len(self.runs_on_gpu) < jobs * num_processes:
+            print(f"{jobs} runs at a time on {len(self.runs_on_gpu)} GPUs: runs share a GPU", flush=True)
+        threads = max(1, len(os.sched_getaffinity(0)) // (jobs * num_processes))
+        self.environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+        self.alive: set[subprocess.Popen[bytes]] = set()
+        self.lock = threading.Lock()
+        self.stopped = False
+
+    @contextmanager
+    def gpus(self) -> Iterator[dict[str, str]]:
+        """Hold a run's GPUs, those with the fewest runs; yields the environment variable, none without GPUs."""
+        with self.lock:
+            held = sorted(self.runs_on_gpu, key=self.runs_on_gpu.__getitem__)[: self.num_processes]
+            for gpu in held:
+                self.runs_on_gpu[gpu] += 1
+        try:
+            yield {"CUDA_VISIBLE_DEVICES": ",".join(held)} if held else {}
+        finally:
+            with self.lock:
+                for gpu in held:
+                    self.runs_on_gpu[gpu] -= 1
+
+    def start(self, run: Run, command: Command) -> tuple[str, Path]:
+        """Run a command to its end and append its output to the log beside the run's folder."""
+        log = run.folder.with_name(f"{run.folder.name}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file, self.gpus() as gpus:
+            begin = file.tell()
+            with self.lock:
+                if self.stopped:
+                    return "stopped before it started", log
+                # a session of its own: the terminal's Ctrl-C must not reach the launcher, which would leave its workers
+                process = subprocess.Popen(
+                    command, stdout=file, stderr=subprocess.STDOUT, env=self.environment | gpus, start_new_session=True
+                )
+                self.alive.add(process)
+            process.wait()
+            with self.lock:
+                self.alive.discard(process)
+        return last_line(log.read_bytes()[begin:].decode(errors="replace")), log
+
+    def stop(self) -> None:
+        """Send SIGINT to the training processes, which save and end, and their launchers with them."""
+        with self.lock:
+            self.stopped = True
+            alive = list(self.alive)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                launcher = psutil.Process(process.pid)
+                for worker in launcher.children() or [launcher]:
+                    worker.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + STOP_SECONDS
+        while any(process.poll() is None for process in alive) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for process in alive:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def submitter(options: Namespace, here: Processes, folder: Path) -> Start:
+    """Return a function that submits a command and waits for its end; StudyError if submitit rejects the options."""
+    try:
+        import submitit
+        from submitit.helpers import CommandFunction
+    except ImportError as error:
+        raise StudyError("--cluster needs submitit: pip install 'rblock-fx[slurm]'") from error
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=options.cluster)
+        # a day, where submitit's default is minutes; the next sweep resumes a run that was cut
+        executor.update_parameters(**({"timeout_min": 24 * 60} | options.cluster_options))
+    except Exception as error:  # submitit raises several, RuntimeError without sbatch, NameError for an option
+        raise StudyError(f"--cluster {options.cluster} with {options.cluster_options}: {error}") from error
+    cwd = Path.cwd()
+
+    def start(_: Run, command: Command) -> tuple[str, Path]:
+        with here.gpus() as gpus:  # submitit's local jobs would otherwise see none; SLURM assigns its own
+            prefix = ["env", *(f"{k}={v}" for k, v in gpus.items())] if gpus and options.cluster == "local" else []
+            job = executor.submit(CommandFunction([*prefix, *command], cwd=cwd))
+            try:
+                job.result()
+            except Exception as error:  # failed, cancelled or lost; the run's folder shows what it left
+                return last_line(f"{error}\n{job.stdout() or ''}\n{job.stderr() or ''}"), job.paths.stderr
+            return last_line(job.stdout() or ""), job.paths.stdout
+
+    return start
 
 
 if __name__ == "__main__":

@@ -50,3 +50,13 @@ def in_process():
 
     with recipe_in_process() as run:
         yield run
+
+
+@pytest.fixture(scope="session")
+def recipe_server(tmp_path_factory):
+    """Starts the recipe in processes that have its imports already."""
+    from tests.recipe_tools import RecipeServer
+
+    server = RecipeServer(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()

@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import io
-import json
 import pickle
 import shutil
 import struct
@@ -129,57 +128,13 @@ def flat_png(value: int) -> bytes:
     return file.getvalue()
 
 
-def noisy_png(seed: int) -> bytes:
-    """An image on which every crop shows."""
-    file = io.BytesIO()
-    Image.fromarray(noise((40, 40, 3), seed)).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_shards(root: Path, per_shard: int = 6, classes: int = 3, png=flat_png) -> Path:
-    """WebDataset shards with timm's _info.json: image i of a split is flat, of level i and class i % classes."""
-    root.mkdir(parents=True, exist_ok=True)
-    splits = {}
-    for split, shards in (("train", 4), ("validation", 2)):
-        names = [f"{split}-{shard:04d}.tar" for shard in range(shards)]
-        for shard, name in enumerate(names):
-            with tarfile.open(root / name, "w") as tar:
-                for index in range(shard * per_shard, (shard + 1) * per_shard):
-                    for ending, content in (("png", png(index)), ("cls", str(index % classes).encode())):
-                        entry = tarfile.TarInfo(f"{index:06d}.{ending}")
-                        entry.size = len(content)
-                        tar.addfile(entry, io.BytesIO(content))
-        splits[split] = {
-            "name": split, "num_samples": shards * per_shard, "filenames": names, "shard_lengths": [per_shard] * shards,
-        }  # fmt: skip
-    (root / "_info.json").write_text(json.dumps({"splits": splits}))
-    return root
-
-
 def write_parquet(root: Path, count: int = 12) -> Path:
     """A data set as the Hugging Face hub stores it: parquet files and a card that tells the splits."""
     import datasets
 
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["ant", "bee", "cow"]))
     root.mkdir(parents=True)
-    card = [
-        "---",
-        "dataset_info:",
-        "  features:",
-        "  - name: image",
-        "    dtype: image",
-        "  - name: label",
-        "    dtype:",
-    ]
-    card += ["      class_label:", "        names:", "          '0': ant", "          '1': bee", "          '2': cow"]
-    card += ["  splits:"]
     for split in ("train", "validation"):
         rows = [{"image": {"bytes": flat_png(index), "path": None}, "label": index % 3} for index in range(count)]
-        file = root / f"{split}-00000-of-00001.parquet"
-        datasets.Dataset.from_list(rows, features=features).to_parquet(file)
-        card += [f"  - name: {split}", f"    num_examples: {count}", f"    num_bytes: {file.stat().st_size}"]
-    card += ["configs:", "- config_name: default", "  data_files:"]
-    for split in ("train", "validation"):
-        card += [f"  - split: {split}", f"    path: {split}-*"]
-    (root / "README.md").write_text("\n".join([*card, "---", ""]))
+        datasets.Dataset.from_list(rows, features=features).to_parquet(root / f"{split}-00000-of-00001.parquet")
     return root

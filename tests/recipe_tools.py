@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import train
 from accelerate.state import AcceleratorState, GradientState
-from training import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
@@ -24,7 +22,7 @@ SCRIPT = [str(RECIPES / "train.py"), "--config", CONFIG]
 ONE_PROCESS = [sys.executable, "-m", "accelerate.commands.launch"]
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
 TINY = ["--image_size", "16", "--batch_size", "128"]  # under a second an epoch
-
+STEPS = 9  # in an epoch of TINY
 
 # no accelerator, whatever the machine has: bit-equality is promised on a CPU; one thread, so that neighbours do no harm
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -45,6 +43,29 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def timeless(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
+
+
+def step_of(folder: Path) -> int:
+    """The steps that the newest complete checkpoint of a run has; 0 before the first."""
+    for name in ("checkpoint", "checkpoint.previous"):
+        try:
+            return json.loads((folder / name / "state.json").read_text())["state"]["step"]
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return 0
+
+
+def assert_equal_runs(one: Path, two: Path) -> None:
+    """Equal bytes of weights of every kind, and equal metrics but for the times."""
+    names = [path.name for path in one.glob("*.safetensors")]
+    assert "model.safetensors" in names
+    for name in names:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert timeless(rows_of(one)) == timeless(rows_of(two))
+
+
 @contextmanager
 def recipe_in_process() -> Iterator[Callable[..., None]]:
     """Run the recipe inside this process, as if it were a fresh one without launcher and accelerator."""
@@ -58,16 +79,16 @@ def recipe_in_process() -> Iterator[Callable[..., None]]:
             patch.delenv(name, raising=False)
         patch.setattr(torch.accelerator, "is_available", lambda: False)
         reset()
-        yield lambda *arguments: (reset(), train.train(settings.read_config(["--config", CONFIG, *TINY, *arguments])))
+        yield lambda *arguments: (reset(), train.train(train.parse_settings(["--config", CONFIG, *TINY, *arguments])))
         reset()
 
 
-def fails(capsys, monkeypatch, *arguments: str) -> str:
-    """The one line that the recipe ends with, in this process; exit code 2 is asserted."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+def fails(capsys, monkeypatch, *arguments: str, main: Callable[[], None] = train.main) -> str:
+    """The one line that a script ends with, in this process; exit status 2 is asserted."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
-        train.main()
+        main()
     assert exit_.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
@@ -77,13 +98,6 @@ def fails(capsys, monkeypatch, *arguments: str) -> str:
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
-
-
-def kill_tree(process: subprocess.Popen) -> None:
-    """SIGKILL to a launcher and its workers, which torchrun puts in sessions of their own."""
-    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        victim.kill()
-    process.wait()
 
 
 SERVER = """
@@ -103,6 +117,7 @@ for line in sys.stdin:
             os.dup2(output, 2)
             code = 1
             try:
+                exec(request["before"])
                 train.main()
                 code = 0
             except SystemExit as ending:
@@ -118,8 +133,8 @@ for line in sys.stdin:
 class RecipeServer:
     """Starts the recipe as one process or as several ranks that find each other as under torchrun.
 
-    Each is a process of its own, forked from one that has imported everything, which is what most of a launch waits
-    for: so that a test can kill a run ten times.
+    Each is a process of its own, forked from one that has imported everything, which is most of what a launch waits
+    for.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -129,8 +144,8 @@ class RecipeServer:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def start(self, processes: int, *arguments: str) -> list[int]:
-        """Start a run, and give the pids of its ranks."""
+    def start(self, processes: int, *arguments: str, before: str = "") -> list[int]:
+        """Start a run after some lines of Python, and return the pids of its ranks."""
         environments: list[dict[str, str]] = [{}]
         if processes > 1:
             with socket.socket() as free:
@@ -141,7 +156,9 @@ class RecipeServer:
                  "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
                 for rank in range(processes)
             ]  # fmt: skip
-        request = {"environments": environments, "arguments": arguments, "log": str(self.log)}
+        self.log.unlink(missing_ok=True)
+        arguments = arguments if "--config" in arguments else ("--config", CONFIG, *arguments)
+        request = {"environments": environments, "arguments": arguments, "log": str(self.log), "before": before}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -150,10 +167,11 @@ class RecipeServer:
         """The exit codes of the ranks; -9 of one that was killed."""
         return json.loads(self.process.stdout.readline())
 
-    def run(self, processes: int, *arguments: str) -> None:
-        """A run from its start to its end."""
-        self.start(processes, *arguments)
-        assert self.wait() == [0] * processes, self.log.read_text()
+    def run(self, processes: int, *arguments: str, code: int = 0, before: str = "") -> str:
+        """A run from its start to its end; returns what it printed."""
+        self.start(processes, *arguments, before=before)
+        assert self.wait() == [code] * processes, self.log.read_text()
+        return self.log.read_text()
 
     def close(self) -> None:
         """End the process that forks."""

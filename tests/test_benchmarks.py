@@ -154,9 +154,12 @@ def test_keep_replaces_only_measured_rows(tmp_path):
     assert [run["environment"]["versions"]["torch"] for run in result["earlier_runs"]] == [torch.__version__] * 2
 
 
-def test_readme_shows_the_result_files():
-    text = readme.README.read_text()
-    assert readme.fill(text) == text
+def test_readmes_show_the_result_files():
+    texts = [document.read_text() for document in readme.DOCUMENTS]
+    assert list(map(readme.fill, texts)) == texts
+    text = texts[-1]
+    for name in readme.build_tables():
+        assert f"<!-- {name}: begin -->" in text
     for name in SCRIPTS:
         assert f"python benchmarks/bench_{name}.py" in text
         assert (harness.RESULTS / f"{name}-cpu.png").stat().st_size > 10_000

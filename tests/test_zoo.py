@@ -4,7 +4,6 @@ import pytest
 import timm
 
 from benchmarks import zoo, zoo_models, zoo_outputs, zoo_report
-from benchmarks.readme import README
 from tests.zoo_families import COMPARED, MEMBERS, SUMMARY, WEIGHTED, draw_families, read_commit
 
 FAMILIES_CONVERTED, FAMILIES_REFUSED = 112, 37
@@ -66,12 +65,3 @@ def test_summary_follows_from_the_lines():
     assert made.keys() == SUMMARY.keys()
     here = ("versions", "machine")
     assert [key for key in made if key not in here and made[key] != SUMMARY[key]] == []
-
-
-def test_readme_states_the_counts_of_the_result_file():
-    words = " ".join(README.read_text().split())
-    status, weighted = SUMMARY["status"], SUMMARY["with_weights"]["architectures"]
-    tried = SUMMARY["architectures_tried"]
-    assert f"Of {tried:,} tried, {status['converted']:,} convert and {status['refused']} are refused" in words
-    assert f"all {SUMMARY['timm_with_maps']} of timm" in words
-    assert f"for {weighted} architectures" in words

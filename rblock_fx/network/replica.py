@@ -69,7 +69,7 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule | fx.GraphModule)]
     memo |= {id(module): object.__new__(type(module)) for module in modules}
     try:
-        for module in modules:
+        for module in reversed(modules):  # children first: a GraphModule reads them when it is copied
             _copy_attributes(module, memo)
         copied: nn.Module = copy.deepcopy(model, memo)
     except Exception as error:

@@ -42,7 +42,8 @@ def build(replica: nn.Module, request: Request, survey: Survey) -> RBlock:
 
     Args:
         replica: the copy; it gets a copy of the masks, nothing else changes.
-        request: the checked settings and sites; survey: the recorded forward of the copy.
+        request: the checked settings and sites.
+        survey: the recorded forward of the copy.
 
     Raises:
         ConversionError: the forward cannot be traced, or does not return the rows of both sub-models in every output.
@@ -165,10 +166,8 @@ def _probe_converted(
 
 
 def _rows_in_words(tensors: Sequence[Tensor]) -> str:
-    shapes = [
-        ", ".join(f"{length // ROWS}N" if length % ROWS == 0 else str(length) for length in tensor.shape)
-        for tensor in tensors
-    ]
+    lengths = [[f"{size // ROWS}N" if size % ROWS == 0 else str(size) for size in tensor.shape] for tensor in tensors]
+    shapes = map(", ".join, lengths)
     return " and ".join(f"({shape})" for shape in shapes)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dis
 import functools
+import gc
 import random
 import sys
 import types
@@ -59,11 +60,14 @@ class Watch:
         Raises:
             RuntimeError: an attribute, a container or an object is written into.
         """
-        profile, numpy_state = sys.getprofile(), _numpy_state()
+        profile, numpy_state, collects = sys.getprofile(), _numpy_state(), gc.isenabled()
+        gc.disable()  # callbacks of the garbage collector are not the network's code
         try:
             yield
         finally:
             sys.setprofile(None)
+            if collects:
+                gc.enable()
             for module in self.replica.modules():
                 object.__setattr__(module, "__class__", getattr(type(module), "rblock_watched", type(module)))
             if callable(profile):

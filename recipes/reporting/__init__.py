@@ -1,1 +1,0 @@
-"""A report on runs: what is there, statistics, text, pictures, page."""

@@ -1,1 +1,0 @@
-"""Training: settings, the run and its parts, its folder."""
