@@ -77,7 +77,7 @@ def apply_rblock(
         ConversionError: the model cannot be converted. After any error the model is as it was.
     """
     check_settings(method, drop_prob, block_size, calibration, batch_norm)
-    check_convertible(model)
+    check_convertible(model, method)
     with _CONVERTING, torch.device("cpu"):
         # Nothing before `_install` touches the model: everything is tried on a copy without weights.
         replica = weightless_copy(model)

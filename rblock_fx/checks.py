@@ -96,7 +96,7 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise SettingError(f"apply_rblock: {name} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
-def check_convertible(model: nn.Module) -> None:
+def check_convertible(model: nn.Module, method: str) -> None:
     """Refuse a model that is converted already, or wrapped by a tool that must come after apply_rblock.
 
     Raises:
@@ -122,11 +122,11 @@ def check_convertible(model: nn.Module) -> None:
         raise ConversionError(f"apply_rblock: {name} is {reason}; convert the model first: {remedy}")
     if hasattr(model, MASKS):
         raise ConversionError(f"{name} has an attribute {MASKS!r}, where the masks would go; rename it first")
-    check_suitable(model)
+    check_suitable(model, method)
 
 
-def check_suitable(model: nn.Module) -> None:
-    """Refuse networks that no choice of sites can convert.
+def check_suitable(model: nn.Module, method: str = "dropblock") -> None:
+    """Refuse networks that no choice of sites can convert with this method.
 
     Raises:
         ConversionError: with the call that would work.
@@ -134,11 +134,12 @@ def check_suitable(model: nn.Module) -> None:
     name = type(model).__name__
     source = type(model).__module__
     values = getattr(model, "return_layers", {}).values() if name == "IntermediateLayerGetter" else ()
-    if source.startswith("torchvision.models.detection") or (values and all(str(value).isdigit() for value in values)):
+    is_backbone = values and all(str(value).isdigit() for value in values)
+    is_detector = source.startswith("torchvision.models.detection")
+    if (hasattr(model, "transform") and is_detector) or (METHODS[method].parts == 2 and (is_detector or is_backbone)):
         raise ConversionError(
-            f"{name} is a torchvision detector or the backbone of one, which cannot be converted: its losses take N "
-            "targets for the 2N rows of the sub-models. A classifier converts: "
-            "apply_rblock(torchvision.models.resnet50())"
+            f"{name} is a torchvision detector or the backbone of one: a detector has N targets for the 2N rows of two "
+            "sub-models; convert its backbone with a method that does not double the batch: method='dropblock'"
         )
     if source.startswith("torchvision.models.optical_flow") and hasattr(model, "feature_encoder"):
         raise ConversionError(

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from rblock_fx.errors import ConversionError
+from rblock_fx.masks.methods import METHODS
 from rblock_fx.surgery.code import compile_function
 from rblock_fx.surgery.conversion import Conversion, Generated, RBlock
 from rblock_fx.surgery.trace import MASKS
@@ -161,7 +162,7 @@ def _check(conversion: Conversion, model: Any, images: Any, given: dict[str, Any
             f"{name} is converted and runs inside nn.DataParallel, which would gather the rows of the sub-models in "
             "the wrong order; use one process per GPU: DistributedDataParallel(apply_rblock(model))"
         )
-    if not torch.compiler.is_compiling() and conversion.forwards:
+    if METHODS[conversion.method].parts == 2 and not torch.compiler.is_compiling():
         _refuse_detector(name)
     conversion.guards.check(model)
     refuse_replaced(model, conversion.halved)
@@ -181,7 +182,7 @@ def _refuse_detector(name: str) -> None:
         if str(frame.f_globals.get("__name__", "")).startswith("torchvision.models.detection"):
             raise ConversionError(
                 f"{name} is converted and runs inside a torchvision detector, which has N targets for the 2N rows of "
-                "the sub-models; train the plain detector: remove_rblock(model.backbone)"
+                "the sub-models; use a method that does not double the batch: method='dropblock'"
             )
         frame = frame.f_back
 
