@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 
-from rblock_fx import apply_rblock, remove_rblock, set_drop_prob, split_pair
+from rblock_fx import ConversionError, apply_rblock, remove_rblock, set_drop_prob, split_pair
 from tests.networks import assert_halves_are
 
 WALKS = {
@@ -45,7 +45,11 @@ CUTS = {
     "all but the last child": (cut_resnet, ["layer3"], lambda m: nn.Sequential(*list(m.children())[:-1])),
     "a slice": (lambda: nn.Sequential(*list(cut_resnet().children())[:-2]), ["6"], lambda m: m[:7]),
     "an index": (lambda: nn.Sequential(*list(cut_resnet().children())[:-2]), ["6"], lambda m: m[-1]),
-    "popitem": (cut_resnet, ["layer3"], lambda m: nn.Sequential(OrderedDict(list(m._modules.items())[:-1]))),
+    "a copy without the last": (
+        cut_resnet,
+        ["layer3"],
+        lambda m: nn.Sequential(OrderedDict(list(m._modules.items())[:-1])),
+    ),
     "a getter": (cut_resnet, ["layer3"], lambda m: IntermediateLayerGetter(m, {"layer2": "low", "layer4": "high"})),
 }
 
@@ -55,9 +59,7 @@ def test_networks_cut_by_children_are_the_plain_ones(cut):
     make, sites, take = CUTS[cut]
     plain = make().eval()
     model = apply_rblock(copy.deepcopy(plain), sites, input_size=(3, 64, 64)).eval()
-    x = torch.randn(2, 64, 8, 8) if cut == "an index" else torch.randn(2, 3, 64, 64)
-    if cut == "an index":
-        x = torch.randn(2, 256, 4, 4)
+    x = torch.randn(2, 256, 4, 4) if cut == "an index" else torch.randn(2, 3, 64, 64)
     got, expected = take(model)(x), take(plain)(x)
     items = zip(got.values(), expected.values(), strict=True) if isinstance(expected, dict) else [(got, expected)]
     assert all(torch.equal(*pair) for pair in items)
@@ -83,6 +85,13 @@ def test_features_only_models_evaluate_and_train(name, options):
     assert_halves_are(model.train()(x), copy.deepcopy(plain).train()(x), rtol=1e-3, atol=1e-4)
     set_drop_prob(model, 0.5)
     assert not torch.equal(*split_pair(model(x)[-1]))
+
+
+def test_rejects_a_graph_module_around_a_site():
+    model = timm.create_model("test_byobnet", features_only=True, feature_cls="fx")
+    with pytest.raises(ConversionError, match=r"'graph_module' is a torch\.fx GraphModule, which was traced before"):
+        apply_rblock(model, input_size=(3, 64, 64))
+    assert len(model.train()(torch.randn(2, 3, 64, 64))[-1]) == 2
 
 
 class Loop(nn.Module):
