@@ -8,17 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from rblock_fx.checks import is_real
-from rblock_fx.errors import PairError, RBlockWarning, SettingError
+from rblock_fx.converted import find_converted
+from rblock_fx.errors import ConversionError, PairError, RBlockWarning, SettingError
+from rblock_fx.masks.methods import METHODS
 from rblock_fx.pair import (
-    ModelReference,
     check_softmax,
     default_divergence,
     divergence_of,
-    halves_of,
     is_pair,
     read_outputs,
     reduce_like,
-    returns_pair,
     split_pair,
     undouble,
 )
@@ -26,6 +25,29 @@ from rblock_fx.pair import (
 __all__ = ["RBlockLoss", "split_pair"]
 
 INF = float("inf")
+
+
+def returns_pair(model: nn.Module, call: str) -> bool:
+    """Whether a converted model returns 2N rows now: in train mode, by a pair method.
+
+    Raises:
+        ConversionError: model was not converted by apply_rblock.
+    """
+    converted, rblock = find_converted(model, call)
+    return bool(converted.training) and METHODS[rblock.conversion.method].parts == 2
+
+
+class _Reference:
+    """A model that is not a submodule. A deepcopy refers to the same model or its copy; a pickle refers to none."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self.model = model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Reference":
+        return _Reference(memo.get(id(self.model), self.model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Reference, ()
 
 
 class RBlockLoss(nn.Module):
@@ -52,9 +74,9 @@ class RBlockLoss(nn.Module):
             AsymmetricLossMultiLabel mean "bernoulli"; MSE, L1, SmoothL1 and Huber mean "mse"; others "softmax".
         combine: "mean" over the sub-models, with plain training's learning rate, or the paper's "sum" (Eq. 5).
         aux_weight: weight >= 0 of the criterion of every output beside the main one, which has no KL; 0 skips them.
-        model: the converted model. It is not registered as a submodule, and a pickle of the loss leaves it out. In
-            train mode a pair method returns 2N rows, so targets doubled by hand are detected. Without a model,
-            N rows with gradients warn once.
+        model: the converted model. It is not registered as a submodule, and a pickle of the loss leaves it out. While
+            it trains by a pair method, N rows with gradients are 2N rows for targets doubled by hand; without gradients
+            they are an evaluation, of an averaged copy for instance. Without a model, N rows with gradients warn once.
         reduction: not a setting: see combine.
 
     Raises:
@@ -110,7 +132,7 @@ class RBlockLoss(nn.Module):
         """
         if model is not None:
             returns_pair(model, "RBlockLoss")
-        self._model = ModelReference(model)
+        self._model = _Reference(model)
 
     @property
     def is_attached(self) -> bool:
@@ -183,7 +205,7 @@ class RBlockLoss(nn.Module):
         return self._terms(main, target)
 
     def _terms(self, logits: Tensor, target: Any) -> tuple[Tensor, Tensor]:
-        first, second = halves_of(logits)
+        first, second = logits.chunk(2)
         if self.divergence == "softmax":
             check_softmax(first, target, check_target=self._is_default)
         criterion = self._criterion_of_both(logits, target)
@@ -192,15 +214,16 @@ class RBlockLoss(nn.Module):
                 divergence = divergence_of(first, second, self.divergence, self.temperature)
             else:
                 divergence = 2 * self.divergence(first, second)
-        reduction = _option(self.criterion, "reduction", "mean")
-        kind = default_divergence(self.criterion) or self.divergence
-        losses = first if kind in ("bernoulli", "mse") or first.dim() == 1 else first[:, 0]
-        return criterion, reduce_like(divergence, criterion, losses.numel() if reduction == "sum" else 1)
+        count = 1
+        if _option(self.criterion, "reduction", "mean") == "sum":
+            kind = default_divergence(self.criterion) or self.divergence
+            count = (first if kind in ("bernoulli", "mse") or first.dim() == 1 else first[:, 0]).numel()
+        return criterion, reduce_like(divergence, criterion, count)
 
     def _criterion_of_both(self, logits: Tensor, target: Any) -> Tensor:
         """Sum of the criterion over the sub-models, 0 where no sample has a label."""
         with torch.autocast(logits.device.type, enabled=False):
-            first, second = halves_of(logits)
+            first, second = logits.chunk(2)
             loss = self.criterion(first, target) + self.criterion(second, target)
         if isinstance(target, Tensor) and not target.is_floating_point():
             has_label = (target != _option(self.criterion, "ignore_index", -100)).any()
@@ -208,24 +231,34 @@ class RBlockLoss(nn.Module):
         return loss
 
     def _read(self, output: Any, target: Any) -> tuple[Tensor, list[Tensor], Any, bool]:
-        """Return the main logits, the auxiliary ones, the targets, and whether the logits are a pair's."""
+        """Return the main logits, the auxiliary ones, the targets, and whether the logits are a pair's.
+
+        The logits of a pair are in float32 or float64.
+        """
         main, auxiliary = read_outputs(output, with_auxiliary=self.aux_weight > 0)
         pair = is_pair(main, target)
-        if not pair and self._model.returns_pair:
-            target, pair = undouble(target, len(main)), True
-        elif not pair and not self.is_attached:
-            self._warn_once(main)
+        if not pair and torch.is_grad_enabled() and main.requires_grad:
+            if not self.is_attached:
+                self._warn_once(len(main))
+            elif self._model_returns_pair():
+                target, pair = undouble(target, len(main)), True
+        if pair:
+            main, *auxiliary = (z if z.dtype == torch.float64 else z.float() for z in (main, *auxiliary))
         return main, auxiliary, target, pair
 
-    def _warn_once(self, logits: Tensor) -> None:
-        """Warn about N rows with gradients, which are a training step without a pair."""
-        has_gradient = torch.is_grad_enabled() and logits.requires_grad
-        if has_gradient and not self._has_warned and not torch.compiler.is_compiling():
+    def _model_returns_pair(self) -> bool:
+        try:
+            return returns_pair(self._model.model, "RBlockLoss")
+        except ConversionError:  # after remove_rblock
+            return False
+
+    def _warn_once(self, rows: int) -> None:
+        if not self._has_warned and not torch.compiler.is_compiling():
             self._has_warned = True
             warnings.warn(
-                f"RBlockLoss: expected 2N rows for N targets in training, got {len(logits)} rows with gradients for as "
-                "many targets, which get the plain criterion. Call the converted model itself in train mode and pass "
-                "each target once. RBlockLoss(..., model=model) checks this and recognises single-model methods.",
+                f"RBlockLoss: expected 2N rows for N targets in training, got {rows} rows with gradients for as many "
+                "targets, which get the plain criterion. Call the converted model itself in train mode and pass each "
+                "target once. RBlockLoss(..., model=model) checks this and recognises single-model methods.",
                 RBlockWarning,
                 stacklevel=6,
             )

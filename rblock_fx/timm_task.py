@@ -7,8 +7,7 @@ import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-from rblock_fx.loss import RBlockLoss
-from rblock_fx.pair import returns_pair, split_pair
+from rblock_fx.loss import RBlockLoss, returns_pair, split_pair
 
 
 class RBlockTask(ClassificationTask):
