@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from rblock_fx.checks import is_real
-from rblock_fx.converted import find_converted
-from rblock_fx.errors import ConversionError, PairError, RBlockWarning, SettingError
-from rblock_fx.masks.methods import METHODS
+from rblock_fx.errors import PairError, RBlockWarning, SettingError
 from rblock_fx.pair import (
+    ModelReference,
     check_softmax,
     default_divergence,
     divergence_of,
     is_pair,
     read_outputs,
     reduce_like,
+    returns_pair,
     split_pair,
     undouble,
 )
@@ -27,41 +27,14 @@ __all__ = ["RBlockLoss", "split_pair"]
 INF = float("inf")
 
 
-def returns_pair(model: nn.Module, call: str) -> bool:
-    """Whether a converted model returns 2N rows now: in train mode, by a pair method.
-
-    Raises:
-        ConversionError: model was not converted by apply_rblock.
-    """
-    converted, rblock = find_converted(model, call)
-    return bool(converted.training) and METHODS[rblock.conversion.method].parts == 2
-
-
-class _Reference:
-    """A model that is not a submodule. A deepcopy refers to the same model or its copy; a pickle refers to none."""
-
-    def __init__(self, model: nn.Module | None = None) -> None:
-        self.model = model
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Reference":
-        return _Reference(memo.get(id(self.model), self.model))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Reference, ()
-
-
 class RBlockLoss(nn.Module):
     """Mean over the sub-models i of (1 - alpha) * criterion(z_i, y) + alpha * T^2 * KL(p_j || p_i), p = softmax(z / T).
 
-    The KL is summed over classes (axis 1) and averaged over samples and positions. Its gradient flows through both
-    distributions. It is computed in float32 (float64 stays) under any autocast; the criterion gets the same logits,
-    without T. The KL needs no label: samples whose class index is the criterion's ignore_index (-100 by default) train
-    with the KL alone, which is semi-supervised training. A batch without any label adds 0 for the criterion.
-
-    Logits of N rows for N targets, as in evaluation, get the plain criterion.
-
-    If the criterion's reduction is "none", the loss has the criterion's shape; if it is "sum", the loss is the sum of
-    those values. The KL has the same share in all three. `loss.reduction` reads and sets the criterion's reduction.
+    The KL is summed over classes (axis 1) and averaged over samples and positions, with gradients through both
+    distributions. Both terms are computed in float32 (float64 stays) under any autocast. Samples whose class index is
+    the criterion's ignore_index (-100 by default) train with the KL alone, which is semi-supervised training. Logits of
+    N rows for N targets, as in evaluation, get the plain criterion. The loss has the shape that the criterion's
+    reduction returns, with the same share of the KL; `loss.reduction` reads and sets that reduction.
 
     Args:
         criterion: called as criterion(logits, target) on one tensor of logits; default nn.CrossEntropyLoss(). Its
@@ -99,25 +72,23 @@ class RBlockLoss(nn.Module):
         super().__init__()
         is_loss = criterion is None or (callable(criterion) and not isinstance(criterion, type))
         is_divergence = divergence is None or callable(divergence) or divergence in ("softmax", "bernoulli", "mse")
-        for is_right, message in (
-            (is_loss, f"criterion must be a loss instance or function, got {criterion!r}"),
-            (is_real(alpha) and 0 <= alpha <= 1, f"alpha must be in [0, 1], got {alpha!r}"),
-            (
-                is_real(temperature) and 0 < temperature < INF,
-                f"temperature must be positive and finite, got {temperature!r}",
-            ),
-            (is_divergence, f"divergence must be 'softmax', 'bernoulli', 'mse' or a callable, got {divergence!r}"),
-            (combine in ("mean", "sum"), f"combine must be 'mean' or 'sum', got {combine!r}"),
-            (is_real(aux_weight) and 0 <= aux_weight < INF, f"aux_weight must be a number >= 0, got {aux_weight!r}"),
-            (reduction is None, "reduction belongs to the criterion; use combine='mean' or combine='sum'"),
+        is_temperature = is_real(temperature) and 0 < temperature < INF
+        for is_right, name, expected, got in (
+            (is_loss, "criterion", "a loss instance or function", criterion),
+            (is_real(alpha) and 0 <= alpha <= 1, "alpha", "in [0, 1]", alpha),
+            (is_temperature, "temperature", "positive and finite", temperature),
+            (is_divergence, "divergence", "'softmax', 'bernoulli', 'mse' or a callable", divergence),
+            (combine in ("mean", "sum"), "combine", "'mean' or 'sum'", combine),
+            (is_real(aux_weight) and 0 <= aux_weight < INF, "aux_weight", "a number >= 0", aux_weight),
         ):
             if not is_right:
-                raise SettingError(f"RBlockLoss: {message}")
+                raise SettingError(f"RBlockLoss: {name} must be {expected}, got {got!r}")
+        if reduction is not None:
+            raise SettingError("RBlockLoss: reduction belongs to the criterion; use combine='mean' or combine='sum'")
         self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.alpha = alpha
         self.temperature = temperature
-        default = default_divergence(self.criterion) or "softmax"
-        self.divergence = default if divergence is None else divergence
+        self.divergence = divergence or default_divergence(self.criterion) or "softmax"
         self._is_default = divergence is None
         self.combine = combine
         self.aux_weight = aux_weight
@@ -125,14 +96,10 @@ class RBlockLoss(nn.Module):
         self.attach(model)
 
     def attach(self, model: nn.Module | None) -> None:
-        """Set the converted model whose mode and method determine whether a pair is expected.
-
-        Raises:
-            ConversionError: model was not converted by apply_rblock.
-        """
+        """Set the converted model whose mode and method determine whether a pair is expected."""
         if model is not None:
             returns_pair(model, "RBlockLoss")
-        self._model = _Reference(model)
+        self._model = ModelReference(model)
 
     @property
     def is_attached(self) -> bool:
@@ -191,10 +158,7 @@ class RBlockLoss(nn.Module):
     def terms(self, output: Any, target: Any) -> tuple[Tensor, Tensor]:
         """Return the two sums of Eq. 4-5 over the sub-models: of the criterion, and of the divergence without T^2.
 
-        Both are of the main output alone. Arguments and errors are those of `forward`.
-
-        Raises:
-            PairError: also where the output has N rows.
+        Both are of the main output alone. Arguments and errors are those of `forward`; N rows are a PairError.
         """
         main, _, target, pair = self._read(output, target)
         if not pair:
@@ -210,10 +174,7 @@ class RBlockLoss(nn.Module):
             check_softmax(first, target, check_target=self._is_default)
         criterion = self._criterion_of_both(logits, target)
         with torch.autocast(logits.device.type, enabled=False):
-            if isinstance(self.divergence, str):
-                divergence = divergence_of(first, second, self.divergence, self.temperature)
-            else:
-                divergence = 2 * self.divergence(first, second)
+            divergence = divergence_of(first, second, self.divergence, self.temperature)
         count = 1
         if _option(self.criterion, "reduction", "mean") == "sum":
             kind = default_divergence(self.criterion) or self.divergence
@@ -240,36 +201,30 @@ class RBlockLoss(nn.Module):
         if not pair and torch.is_grad_enabled() and main.requires_grad:
             if not self.is_attached:
                 self._warn_once(len(main))
-            elif self._model_returns_pair():
+            elif self._model.returns_pair:
                 target, pair = undouble(target, len(main)), True
         if pair:
             main, *auxiliary = (z if z.dtype == torch.float64 else z.float() for z in (main, *auxiliary))
         return main, auxiliary, target, pair
 
-    def _model_returns_pair(self) -> bool:
-        try:
-            return returns_pair(self._model.model, "RBlockLoss")
-        except ConversionError:  # after remove_rblock
-            return False
-
     def _warn_once(self, rows: int) -> None:
-        if not self._has_warned and not torch.compiler.is_compiling():
-            self._has_warned = True
-            warnings.warn(
-                f"RBlockLoss: expected 2N rows for N targets in training, got {rows} rows with gradients for as many "
-                "targets, which get the plain criterion. Call the converted model itself in train mode and pass each "
-                "target once. RBlockLoss(..., model=model) checks this and recognises single-model methods.",
-                RBlockWarning,
-                stacklevel=6,
-            )
+        if self._has_warned or torch.compiler.is_compiling():
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"RBlockLoss: expected 2N rows for N targets in training, got {rows} rows with gradients for as many "
+            "targets, which get the plain criterion. Call the converted model itself in train mode and pass each "
+            "target once. RBlockLoss(..., model=model) checks this and recognises single-model methods.",
+            RBlockWarning,
+            stacklevel=6,
+        )
 
     def extra_repr(self) -> str:
         """The settings."""
         plain = "" if isinstance(self.criterion, nn.Module) else f"{_name_of(self.criterion)}, "
-        divergence = self.divergence if isinstance(self.divergence, str) else _name_of(self.divergence)
         return (
-            f"{plain}alpha={self.alpha:g}, temperature={self.temperature:g}, {divergence=!s}, combine={self.combine}, "
-            f"aux_weight={self.aux_weight:g}"
+            f"{plain}alpha={self.alpha:g}, temperature={self.temperature:g}, divergence={_name_of(self.divergence)}, "
+            f"combine={self.combine}, aux_weight={self.aux_weight:g}"
         )
 
 
@@ -278,5 +233,5 @@ def _option(criterion: Any, name: str, default: Any) -> Any:
     return getattr(criterion, name, getattr(criterion, "keywords", {}).get(name, default))
 
 
-def _name_of(function: Any) -> str:
-    return str(getattr(function, "__name__", type(function).__name__))
+def _name_of(choice: Any) -> str:
+    return choice if isinstance(choice, str) else str(getattr(choice, "__name__", type(choice).__name__))

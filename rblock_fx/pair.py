@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rblock_fx.errors import PairError, SettingError
+from rblock_fx.converted import find_converted
+from rblock_fx.errors import ConversionError, PairError, SettingError
+from rblock_fx.masks.methods import METHODS
 
 # Names of the main output: in torchvision's segmentation models; in its GoogLeNet, Inception v3 and Hugging Face.
 MAIN_OUTPUTS = ("out", "logits")
@@ -52,6 +54,37 @@ def split_pair(output: Any) -> tuple[Any, Any]:
     halves = zip(*(leaf.chunk(2) if isinstance(leaf, Tensor) else (leaf, leaf) for leaf in leaves), strict=True)
     first, second = (pytree.tree_unflatten(half, structure) for half in halves)
     return first, second
+
+
+def returns_pair(model: nn.Module, call: str) -> bool:
+    """Whether a converted model returns 2N rows now: in train mode, by a pair method.
+
+    Raises:
+        ConversionError: model was not converted by apply_rblock.
+    """
+    converted, rblock = find_converted(model, call)
+    return bool(converted.training) and METHODS[rblock.conversion.method].parts == 2
+
+
+class ModelReference:
+    """A model that is not a submodule. A deepcopy refers to the same model or its copy; a pickle refers to none."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self.model = model
+
+    @property
+    def returns_pair(self) -> bool:
+        """Whether the model is still converted and returns 2N rows now."""
+        try:
+            return self.model is not None and returns_pair(self.model, "RBlockLoss")
+        except ConversionError:  # after remove_rblock
+            return False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelReference":
+        return ModelReference(memo.get(id(self.model), self.model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ModelReference, ()
 
 
 def read_outputs(output: Any, with_auxiliary: bool) -> tuple[Tensor, list[Tensor]]:
@@ -136,11 +169,14 @@ def default_divergence(criterion: Any) -> str | None:
     return next((DEFAULT_DIVERGENCES[name] for name in names if name in DEFAULT_DIVERGENCES), None)
 
 
-def divergence_of(first: Tensor, second: Tensor, kind: str, temperature: float) -> Tensor:
+def divergence_of(first: Tensor, second: Tensor, kind: Any, temperature: float) -> Tensor:
     """Return the sum of the divergence in both directions, (N, *S) for outputs (N, K, *S) or (N,).
 
     KL(p_1 || p_2) + KL(p_2 || p_1) = sum of (p_1 - p_2)(ln p_1 - ln p_2), p = softmax(z / T) or sigmoid(z / T).
+    Twice the result of a callable.
     """
+    if callable(kind):
+        return 2 * kind(first, second)  # type: ignore[no-any-return]
     if first.dim() == 1:
         first, second = first[:, None], second[:, None]
     if kind == "mse":
@@ -156,12 +192,9 @@ def divergence_of(first: Tensor, second: Tensor, kind: str, temperature: float) 
 
 
 def reduce_like(divergence: Tensor, loss: Tensor, count: int) -> Tensor:
-    """Reduce a divergence (N, *S) to the shape of a criterion's loss, so that it broadcasts.
+    """Reduce a divergence, (N, *S) or 0-dim, to a loss of 0-dim, (N,), (N, *S) or (N, K, *S), so that it broadcasts.
 
-    Args:
-        divergence: one value for each position, or 0-dim.
-        loss: 0-dim, (N,), (N, *S) or (N, K, *S).
-        count: factor for a 0-dim loss, the number of losses that it sums.
+    A 0-dim loss is the sum of `count` losses.
     """
     if loss.dim() == 0 or divergence.dim() == 0 or len(loss) != len(divergence):
         return divergence.mean() * (count if loss.dim() == 0 else 1)

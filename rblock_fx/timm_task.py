@@ -7,7 +7,8 @@ import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-from rblock_fx.loss import RBlockLoss, returns_pair, split_pair
+from rblock_fx.loss import RBlockLoss
+from rblock_fx.pair import returns_pair, split_pair
 
 
 class RBlockTask(ClassificationTask):
@@ -57,8 +58,7 @@ class RBlockTask(ClassificationTask):
             target: N rows of whatever the criterion takes.
 
         Returns:
-            "loss": the R-Block loss in train mode, the plain criterion in eval mode. "output": logits (N, K) for
-            metrics, in train mode those of sub-model 1.
+            "loss", the plain criterion in eval mode, and "output", logits (N, K), in train mode of sub-model 1.
 
         Raises:
             PairError: the target does not have N rows.
