@@ -23,7 +23,7 @@ from torch import Tensor
 Operation = Literal["fork", "keep", "join"]
 
 # Elements of x masked at once in eager mode. On a CPU they, their mask and their product stay in a core's cache (half
-# or twice as many take 8 % longer); elsewhere the bound limits memory.
+# or twice as many take 2 to 15 % longer); elsewhere the bound limits memory.
 _CPU_CHUNK = 1 << 17
 _CHUNK = 1 << 23
 
@@ -119,8 +119,8 @@ def _mask_in_chunks(x: Tensor, channel: Tensor, spatial: Tensor, scale: Tensor, 
     """Mask without a compiler: some rows at a time, so that intermediate results stay in the cache.
 
     In memory x consists of rows along its inner axes. A row of a mask is one of two, the scale throughout or the scale
-    with holes, and the factor over the outer axes selects which. Building masks by copying rows takes 0.13 ns per
-    activation; multiplying them takes 0.37.
+    with holes, and the factor over the outer axes selects which. Copying rows takes 0.13 to 0.19 ns per activation;
+    torch.where takes 0.7 to 0.9.
     """
     parts, samples = scale.shape[:2]
     wide = torch.promote_types(x.dtype, torch.float32)
