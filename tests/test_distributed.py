@@ -89,12 +89,12 @@ def assert_equal(got, want):
 
 
 def gradients_of_all_images(model, autocast=None):
-    """The plain loss of the whole batch, which two equal sub-models of weight (1 - alpha) have twice."""
+    """The plain loss of the whole batch, times (1 - alpha): the mean over two equal sub-models."""
     shares = [images(rank) for rank in range(2)]
     x, y = (torch.cat(parts) for parts in zip(*shares, strict=True))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast == "bf16"):
         output = model(x)
-    (2 * (1 - 0.1) * F.cross_entropy(output.float(), y)).backward()
+    ((1 - 0.1) * F.cross_entropy(output.float(), y)).backward()
     return gradients(model)
 
 
@@ -216,7 +216,7 @@ def test_synchronised_statistics_are_shared_per_submodel(synchronised):
     assert_masks_differ(*(step["masks"] for step in steps))
     plain = batch_norm_net(nn.BatchNorm2d)
     x = torch.cat([share[:, :, :8, :8] for share in INPUTS]).double()
-    halves = [step["masks"]["0"].chunk(2) for step in steps]
+    halves = [step["masks"]["site_0"].chunk(2) for step in steps]
     mask = torch.cat([half[submodel] for submodel in range(2) for half in halves])
     expected = two_forwards(plain, {"0": mask}, x)
     (expected.square().sum() / 2).backward()

@@ -170,7 +170,16 @@ def compile_in_place(model):
     return model
 
 
+def patch_forward(model):
+    model.forward = lambda x: type(model).forward(model, x)
+    return model
+
+
 WRAPPERS = [
+    (
+        patch_forward,
+        r"patched with a forward of its own instance; convert the model first: apply_rblock\(model\), then",
+    ),
     (nn.DataParallel, r"DataParallel, which mixes the rows .*: DistributedDataParallel\(apply_rblock\(model\)\)"),
     (torch.compile, r"is compiled; convert the model first: torch.compile\(apply_rblock\(model\)\)"),
     (compile_in_place, r"ResNet is compiled; convert the model first"),
@@ -192,6 +201,12 @@ def test_rejects_wrapped_models(wrap, message):
     with pytest.raises(ConversionError, match=message):
         apply_rblock(model)
     assert snapshot(model) == before
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_rejects_scripts():
+    with pytest.raises(ConversionError, match="scripted, and a script cannot be traced; convert the model first"):
+        apply_rblock(torch.jit.script(timm.create_model("test_resnet")))
 
 
 def test_rejects_distributed_data_parallel(tmp_path):

@@ -202,6 +202,23 @@ def test_writes_are_done_or_refused(kind):
     torch.testing.assert_close(written[: len(wanted)], wanted)
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Attribute, "it assigns 'last', which the generated forward would not do"),
+        (OfAnotherModule, r"it assigns 'a\.kept'"),
+        (Deque, "it writes into 'kept'"),
+        (Nested, "it writes into 'store'"),
+        (ByHelper, "it writes into 'SEEN'"),
+        (Closure, "it writes into 'kept'"),
+    ],
+)
+def test_refused_writes_are_named(kind, message):
+    SEEN.clear()
+    with pytest.raises(ConversionError, match=message):
+        apply_rblock(kind(), ["b"], input_size=SIZE)
+
+
 class Counters(Net):
     def __init__(self):
         super().__init__()

@@ -157,7 +157,7 @@ class NoMapInTraining(Base):
             self.conv = nn.Conv2d(8, 16, 3, padding=1)
 
         def forward(self, x):
-            x = self.conv(x)
+            x = self.conv(x).relu()
             return {"map": x} if self.training else x
 
     def __init__(self):
@@ -238,6 +238,11 @@ class RowNumbers(Base):
         rows = torch.arange(x.shape[0])
         maps = self.c(self.b(self.a(x))).flatten(2)
         return self.fc(maps[rows, :, maps.sum(1).argmax(1)])
+
+
+def test_rejects_a_site_around_a_site_that_returns_no_map():
+    with pytest.raises(ConversionError, match=r"site 'b\.0' does not return a tensor in the traced forward of NoMap"):
+        convert(NoMapInTraining(), ["b.0", "a", "b.0.conv"])
 
 
 def test_numbers_of_rows_are_right_or_refused():

