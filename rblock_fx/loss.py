@@ -14,7 +14,6 @@ from rblock_fx.pair import (
     check_softmax,
     default_divergence,
     divergence_of,
-    halves_of,
     is_pair,
     read_outputs,
     reduce_like,
@@ -31,15 +30,11 @@ INF = float("inf")
 class RBlockLoss(nn.Module):
     """Mean over the sub-models i of (1 - alpha) * criterion(z_i, y) + alpha * T^2 * KL(p_j || p_i), p = softmax(z / T).
 
-    The KL is summed over classes (axis 1) and averaged over samples and positions. Its gradient flows through both
-    distributions. It is computed in float32 (float64 stays) under any autocast; the criterion gets the same logits,
-    without T. The KL needs no label: samples whose class index is the criterion's ignore_index (-100 by default) train
-    with the KL alone, which is semi-supervised training. A batch without any label adds 0 for the criterion.
-
-    Logits of N rows for N targets, as in evaluation, get the plain criterion.
-
-    If the criterion's reduction is "none", the loss has the criterion's shape; if it is "sum", the loss is the sum of
-    those values. The KL has the same share in all three. `loss.reduction` reads and sets the criterion's reduction.
+    The KL is summed over classes (axis 1) and averaged over samples and positions, with gradients through both
+    distributions. Both terms are computed in float32 (float64 stays) under any autocast. Samples whose class index is
+    the criterion's ignore_index (-100 by default) train with the KL alone, which is semi-supervised training. Logits of
+    N rows for N targets, as in evaluation, get the plain criterion. The loss has the shape that the criterion's
+    reduction returns, with the same share of the KL; `loss.reduction` reads and sets that reduction.
 
     Args:
         criterion: called as criterion(logits, target) on one tensor of logits; default nn.CrossEntropyLoss(). Its
@@ -52,9 +47,9 @@ class RBlockLoss(nn.Module):
             AsymmetricLossMultiLabel mean "bernoulli"; MSE, L1, SmoothL1 and Huber mean "mse"; others "softmax".
         combine: "mean" over the sub-models, with plain training's learning rate, or the paper's "sum" (Eq. 5).
         aux_weight: weight >= 0 of the criterion of every output beside the main one, which has no KL; 0 skips them.
-        model: the converted model. It is not registered as a submodule, and a pickle of the loss leaves it out. In
-            train mode a pair method returns 2N rows, so targets doubled by hand are detected. Without a model,
-            N rows with gradients warn once.
+        model: the converted model. It is not registered as a submodule, and a pickle of the loss leaves it out. While
+            it trains by a pair method, N rows with gradients are 2N rows for targets doubled by hand; without gradients
+            they are an evaluation, of an averaged copy for instance. Without a model, N rows with gradients warn once.
         reduction: not a setting: see combine.
 
     Raises:
@@ -77,25 +72,23 @@ class RBlockLoss(nn.Module):
         super().__init__()
         is_loss = criterion is None or (callable(criterion) and not isinstance(criterion, type))
         is_divergence = divergence is None or callable(divergence) or divergence in ("softmax", "bernoulli", "mse")
-        for is_right, message in (
-            (is_loss, f"criterion must be a loss instance or function, got {criterion!r}"),
-            (is_real(alpha) and 0 <= alpha <= 1, f"alpha must be in [0, 1], got {alpha!r}"),
-            (
-                is_real(temperature) and 0 < temperature < INF,
-                f"temperature must be positive and finite, got {temperature!r}",
-            ),
-            (is_divergence, f"divergence must be 'softmax', 'bernoulli', 'mse' or a callable, got {divergence!r}"),
-            (combine in ("mean", "sum"), f"combine must be 'mean' or 'sum', got {combine!r}"),
-            (is_real(aux_weight) and 0 <= aux_weight < INF, f"aux_weight must be a number >= 0, got {aux_weight!r}"),
-            (reduction is None, "reduction belongs to the criterion; use combine='mean' or combine='sum'"),
+        is_temperature = is_real(temperature) and 0 < temperature < INF
+        for is_right, name, expected, got in (
+            (is_loss, "criterion", "a loss instance or function", criterion),
+            (is_real(alpha) and 0 <= alpha <= 1, "alpha", "in [0, 1]", alpha),
+            (is_temperature, "temperature", "positive and finite", temperature),
+            (is_divergence, "divergence", "'softmax', 'bernoulli', 'mse' or a callable", divergence),
+            (combine in ("mean", "sum"), "combine", "'mean' or 'sum'", combine),
+            (is_real(aux_weight) and 0 <= aux_weight < INF, "aux_weight", "a number >= 0", aux_weight),
         ):
             if not is_right:
-                raise SettingError(f"RBlockLoss: {message}")
+                raise SettingError(f"RBlockLoss: {name} must be {expected}, got {got!r}")
+        if reduction is not None:
+            raise SettingError("RBlockLoss: reduction belongs to the criterion; use combine='mean' or combine='sum'")
         self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.alpha = alpha
         self.temperature = temperature
-        default = default_divergence(self.criterion) or "softmax"
-        self.divergence = default if divergence is None else divergence
+        self.divergence = divergence or default_divergence(self.criterion) or "softmax"
         self._is_default = divergence is None
         self.combine = combine
         self.aux_weight = aux_weight
@@ -103,11 +96,7 @@ class RBlockLoss(nn.Module):
         self.attach(model)
 
     def attach(self, model: nn.Module | None) -> None:
-        """Set the converted model whose mode and method determine whether a pair is expected.
-
-        Raises:
-            ConversionError: model was not converted by apply_rblock.
-        """
+        """Set the converted model whose mode and method determine whether a pair is expected."""
         if model is not None:
             returns_pair(model, "RBlockLoss")
         self._model = ModelReference(model)
@@ -169,10 +158,7 @@ class RBlockLoss(nn.Module):
     def terms(self, output: Any, target: Any) -> tuple[Tensor, Tensor]:
         """Return the two sums of Eq. 4-5 over the sub-models: of the criterion, and of the divergence without T^2.
 
-        Both are of the main output alone. Arguments and errors are those of `forward`.
-
-        Raises:
-            PairError: also where the output has N rows.
+        Both are of the main output alone. Arguments and errors are those of `forward`; N rows are a PairError.
         """
         main, _, target, pair = self._read(output, target)
         if not pair:
@@ -183,24 +169,22 @@ class RBlockLoss(nn.Module):
         return self._terms(main, target)
 
     def _terms(self, logits: Tensor, target: Any) -> tuple[Tensor, Tensor]:
-        first, second = halves_of(logits)
+        first, second = logits.chunk(2)
         if self.divergence == "softmax":
             check_softmax(first, target, check_target=self._is_default)
         criterion = self._criterion_of_both(logits, target)
         with torch.autocast(logits.device.type, enabled=False):
-            if isinstance(self.divergence, str):
-                divergence = divergence_of(first, second, self.divergence, self.temperature)
-            else:
-                divergence = 2 * self.divergence(first, second)
-        reduction = _option(self.criterion, "reduction", "mean")
-        kind = default_divergence(self.criterion) or self.divergence
-        losses = first if kind in ("bernoulli", "mse") or first.dim() == 1 else first[:, 0]
-        return criterion, reduce_like(divergence, criterion, losses.numel() if reduction == "sum" else 1)
+            divergence = divergence_of(first, second, self.divergence, self.temperature)
+        count = 1
+        if _option(self.criterion, "reduction", "mean") == "sum":
+            kind = default_divergence(self.criterion) or self.divergence
+            count = (first if kind in ("bernoulli", "mse") or first.dim() == 1 else first[:, 0]).numel()
+        return criterion, reduce_like(divergence, criterion, count)
 
     def _criterion_of_both(self, logits: Tensor, target: Any) -> Tensor:
         """Sum of the criterion over the sub-models, 0 where no sample has a label."""
         with torch.autocast(logits.device.type, enabled=False):
-            first, second = halves_of(logits)
+            first, second = logits.chunk(2)
             loss = self.criterion(first, target) + self.criterion(second, target)
         if isinstance(target, Tensor) and not target.is_floating_point():
             has_label = (target != _option(self.criterion, "ignore_index", -100)).any()
@@ -208,35 +192,39 @@ class RBlockLoss(nn.Module):
         return loss
 
     def _read(self, output: Any, target: Any) -> tuple[Tensor, list[Tensor], Any, bool]:
-        """Return the main logits, the auxiliary ones, the targets, and whether the logits are a pair's."""
+        """Return the main logits, the auxiliary ones, the targets, and whether the logits are a pair's.
+
+        The logits of a pair are in float32 or float64.
+        """
         main, auxiliary = read_outputs(output, with_auxiliary=self.aux_weight > 0)
         pair = is_pair(main, target)
-        if not pair and self._model.returns_pair:
-            target, pair = undouble(target, len(main)), True
-        elif not pair and not self.is_attached:
-            self._warn_once(main)
+        if not pair and torch.is_grad_enabled() and main.requires_grad:
+            if not self.is_attached:
+                self._warn_once(len(main))
+            elif self._model.returns_pair:
+                target, pair = undouble(target, len(main)), True
+        if pair:
+            main, *auxiliary = (z if z.dtype == torch.float64 else z.float() for z in (main, *auxiliary))
         return main, auxiliary, target, pair
 
-    def _warn_once(self, logits: Tensor) -> None:
-        """Warn about N rows with gradients, which are a training step without a pair."""
-        has_gradient = torch.is_grad_enabled() and logits.requires_grad
-        if has_gradient and not self._has_warned and not torch.compiler.is_compiling():
-            self._has_warned = True
-            warnings.warn(
-                f"RBlockLoss: expected 2N rows for N targets in training, got {len(logits)} rows with gradients for as "
-                "many targets, which get the plain criterion. Call the converted model itself in train mode and pass "
-                "each target once. RBlockLoss(..., model=model) checks this and recognises single-model methods.",
-                RBlockWarning,
-                stacklevel=6,
-            )
+    def _warn_once(self, rows: int) -> None:
+        if self._has_warned or torch.compiler.is_compiling():
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"RBlockLoss: expected 2N rows for N targets in training, got {rows} rows with gradients for as many "
+            "targets, which get the plain criterion. Call the converted model itself in train mode and pass each "
+            "target once. RBlockLoss(..., model=model) checks this and recognises single-model methods.",
+            RBlockWarning,
+            stacklevel=6,
+        )
 
     def extra_repr(self) -> str:
         """The settings."""
         plain = "" if isinstance(self.criterion, nn.Module) else f"{_name_of(self.criterion)}, "
-        divergence = self.divergence if isinstance(self.divergence, str) else _name_of(self.divergence)
         return (
-            f"{plain}alpha={self.alpha:g}, temperature={self.temperature:g}, {divergence=!s}, combine={self.combine}, "
-            f"aux_weight={self.aux_weight:g}"
+            f"{plain}alpha={self.alpha:g}, temperature={self.temperature:g}, divergence={_name_of(self.divergence)}, "
+            f"combine={self.combine}, aux_weight={self.aux_weight:g}"
         )
 
 
@@ -245,5 +233,5 @@ def _option(criterion: Any, name: str, default: Any) -> Any:
     return getattr(criterion, name, getattr(criterion, "keywords", {}).get(name, default))
 
 
-def _name_of(function: Any) -> str:
-    return str(getattr(function, "__name__", type(function).__name__))
+def _name_of(choice: Any) -> str:
+    return choice if isinstance(choice, str) else str(getattr(choice, "__name__", type(choice).__name__))

@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from rblock_fx.converted import find_converted
 from rblock_fx.errors import ConversionError, PairError, SettingError
+from rblock_fx.masks.methods import METHODS
 
 # Names of the main output: in torchvision's segmentation models; in its GoogLeNet, Inception v3 and Hugging Face.
 MAIN_OUTPUTS = ("out", "logits")
+
 
 # The default divergence, by the name of the criterion's class or base class: timm's classes count without timm.
 DEFAULT_DIVERGENCES = {
@@ -59,10 +62,6 @@ def returns_pair(model: nn.Module, call: str) -> bool:
     Raises:
         ConversionError: model was not converted by apply_rblock.
     """
-    from rblock_fx.converted import find_converted
-    from rblock_fx.masks.methods import METHODS
-
-    converted: Any
     converted, rblock = find_converted(model, call)
     return bool(converted.training) and METHODS[rblock.conversion.method].parts == 2
 
@@ -70,7 +69,7 @@ def returns_pair(model: nn.Module, call: str) -> bool:
 class ModelReference:
     """A model that is not a submodule. A deepcopy refers to the same model or its copy; a pickle refers to none."""
 
-    def __init__(self, model: nn.Module | None) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         self.model = model
 
     @property
@@ -85,16 +84,32 @@ class ModelReference:
         return ModelReference(memo.get(id(self.model), self.model))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ModelReference, (None,)
+        return ModelReference, ()
 
 
 def read_outputs(output: Any, with_auxiliary: bool) -> tuple[Tensor, list[Tensor]]:
-    """Return the main output and the auxiliary ones, which have as many rows.
+    """Return the main output and the auxiliary ones, which have as many rows. Outputs that are None do not count.
 
     Raises:
         PairError: the main output is ambiguous or is not a tensor, or an auxiliary one has other rows.
     """
-    main_name, named = _by_name(output)
+    kind, main_name = type(output).__name__, ""
+    named: dict[str, Any] = {"": output}
+    if isinstance(output, Mapping) or hasattr(output, "_fields"):
+        pairs = output.items() if isinstance(output, Mapping) else zip(output._fields, output, strict=True)
+        named = {name: value for name, value in pairs if value is not None}
+        mains = [name for name in MAIN_OUTPUTS if name in named]
+        if len(mains) != 1:
+            raise PairError(
+                f"RBlockLoss: expected one main output called 'out' or 'logits', got a {kind} of "
+                f"{', '.join(map(repr, named)) or 'nothing'}; name it: criterion({{'out': logits}}, labels)"
+            )
+        main_name = mains[0]
+    elif isinstance(output, list | tuple):
+        raise PairError(
+            f"RBlockLoss: got a {kind} of {len(output)} outputs without names; pass the main one, "
+            "criterion(output[0], labels), or call model.set_distilled_training(False) on timm's distilled models"
+        )
     main = named.pop(main_name)
     if not isinstance(main, Tensor) or not main.dim():
         place = f" in {main_name!r}" if main_name else ""
@@ -102,14 +117,15 @@ def read_outputs(output: Any, with_auxiliary: bool) -> tuple[Tensor, list[Tensor
             f"RBlockLoss: expected logits (2N, classes, ...){place}, got {_kind_of(main)}; "
             "pass the model's output: criterion(model(images), labels)"
         )
-    auxiliary = named if with_auxiliary else {}
-    for name, value in auxiliary.items():
+    if not with_auxiliary:
+        return main, []
+    for name, value in named.items():
         if not (isinstance(value, Tensor) and value.dim() and len(value) == len(main)):
             raise PairError(
                 f"RBlockLoss: expected {len(main)} rows in {name!r} like in {main_name!r}, got {_kind_of(value)}; "
                 "to train the main output alone: RBlockLoss(aux_weight=0)"
             )
-    return main, list(auxiliary.values())
+    return main, list(named.values())
 
 
 def is_pair(logits: Tensor, target: Any) -> bool:
@@ -130,10 +146,21 @@ def is_pair(logits: Tensor, target: Any) -> bool:
     return len(logits) != rows
 
 
-def halves_of(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logits of the two sub-models, in float32 or float64."""
-    first, second = (logits if logits.dtype == torch.float64 else logits.float()).chunk(2)
-    return first, second
+def undouble(target: Any, rows: int) -> Any:
+    """Return the first half of targets whose two halves are equal."""
+
+    def first_half(leaf: Any) -> Any:
+        if not (isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == rows):
+            return leaf
+        if rows % 2 or not torch.equal(*leaf.chunk(2)):
+            raise PairError(
+                f"RBlockLoss: expected N targets for 2N rows, because the model is in train mode, got {rows} targets "
+                f"for {rows} rows with gradients; pass each target once, criterion(model(images), labels), or evaluate "
+                "under torch.no_grad()"
+            )
+        return leaf[: rows // 2]
+
+    return pytree.tree_map(first_half, target)
 
 
 def default_divergence(criterion: Any) -> str | None:
@@ -142,11 +169,14 @@ def default_divergence(criterion: Any) -> str | None:
     return next((DEFAULT_DIVERGENCES[name] for name in names if name in DEFAULT_DIVERGENCES), None)
 
 
-def divergence_of(first: Tensor, second: Tensor, kind: str, temperature: float) -> Tensor:
+def divergence_of(first: Tensor, second: Tensor, kind: Any, temperature: float) -> Tensor:
     """Return the sum of the divergence in both directions, (N, *S) for outputs (N, K, *S) or (N,).
 
     KL(p_1 || p_2) + KL(p_2 || p_1) = sum of (p_1 - p_2)(ln p_1 - ln p_2), p = softmax(z / T) or sigmoid(z / T).
+    Twice the result of a callable.
     """
+    if callable(kind):
+        return 2 * kind(first, second)  # type: ignore[no-any-return]
     if first.dim() == 1:
         first, second = first[:, None], second[:, None]
     if kind == "mse":
@@ -162,12 +192,9 @@ def divergence_of(first: Tensor, second: Tensor, kind: str, temperature: float) 
 
 
 def reduce_like(divergence: Tensor, loss: Tensor, count: int) -> Tensor:
-    """Reduce a divergence (N, *S) to the shape of a criterion's loss, so that it broadcasts.
+    """Reduce a divergence, (N, *S) or 0-dim, to a loss of 0-dim, (N,), (N, *S) or (N, K, *S), so that it broadcasts.
 
-    Args:
-        divergence: one value for each position, or 0-dim.
-        loss: 0-dim, (N,), (N, *S) or (N, K, *S).
-        count: factor for a 0-dim loss, the number of losses that it sums.
+    A 0-dim loss is the sum of `count` losses.
     """
     if loss.dim() == 0 or divergence.dim() == 0 or len(loss) != len(divergence):
         return divergence.mean() * (count if loss.dim() == 0 else 1)
@@ -200,44 +227,6 @@ def check_softmax(logits: Tensor, target: Any, check_target: bool) -> None:
             )
 
 
-def undouble(target: Any, rows: int) -> Any:
-    """Return the first half of targets whose two halves are equal."""
-
-    def first_half(leaf: Any) -> Any:
-        if not (isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == rows):
-            return leaf
-        if rows % 2 or not torch.equal(*leaf.chunk(2)):
-            raise PairError(
-                f"RBlockLoss: expected N targets for 2N rows, because the model is in train mode, got {rows} targets "
-                f"for {rows} rows; pass each target once, criterion(model(images), labels), or call model.eval()"
-            )
-        return leaf[: rows // 2]
-
-    return pytree.tree_map(first_half, target)
-
-
-def _by_name(output: Any) -> tuple[str, dict[str, Any]]:
-    """Return the name of the main output, empty for a tensor, and all outputs that are not None by name."""
-    if isinstance(output, Mapping):
-        named = dict(output)
-    elif isinstance(output, tuple) and hasattr(output, "_fields"):
-        named = dict(zip(output._fields, output, strict=True))
-    elif isinstance(output, list | tuple):
-        raise PairError(
-            f"RBlockLoss: got a {type(output).__name__} of {len(output)} outputs without names; pass the main one, "
-            "criterion(output[0], labels), or call model.set_distilled_training(False) on timm's distilled models"
-        )
-    else:
-        return "", {"": output}
-    named = {name: value for name, value in named.items() if value is not None}
-    mains = [name for name in MAIN_OUTPUTS if name in named]
-    if len(mains) != 1:
-        raise PairError(
-            f"RBlockLoss: expected one main output called 'out' or 'logits', got a {type(output).__name__} of "
-            f"{', '.join(map(repr, named)) or 'nothing'}; name it: criterion({{'out': logits}}, labels)"
-        )
-    return mains[0], named
-
-
 def _kind_of(value: Any) -> str:
+    """Describe a value in an error: the shape of a tensor, the type of anything else."""
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -58,8 +58,7 @@ class RBlockTask(ClassificationTask):
             target: N rows of whatever the criterion takes.
 
         Returns:
-            "loss": the R-Block loss in train mode, the plain criterion in eval mode. "output": logits (N, K) for
-            metrics, in train mode those of sub-model 1.
+            "loss", the plain criterion in eval mode, and "output", logits (N, K), in train mode of sub-model 1.
 
         Raises:
             PairError: the target does not have N rows.

@@ -121,6 +121,13 @@ def test_newton_reaches_coverage_in_288_cases(kind):
     assert max(errors) < 1e-15
 
 
+@pytest.mark.parametrize(("drop_prob", "bound"), [(0.999, 1e-15), (1 - 1e-6, 1e-15), (1 - 1e-9, 8e-10)])
+def test_newton_is_as_close_to_rates_near_one_as_stated(drop_prob, bound):
+    for shape, block_size in itertools.product([(1, 1), (3, 5), (7, 7), (112, 112), (9,), (4, 5, 6)], [1, 3, 7, 15]):
+        gamma = block_centre_probability(drop_prob, shape, block_size)
+        assert abs(coverage(gamma, shape, block_size) - drop_prob) < bound
+
+
 @given(shapes, blocks, drop_probs, st.sampled_from(["exact", "eq6"]))
 def test_gamma_of_a_float32_tensor_is_the_hosts(shape, block_size, drop_prob, calibration):
     rate = torch.tensor(drop_prob)

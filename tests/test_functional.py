@@ -103,6 +103,37 @@ def test_gradients_of_first_and_second_order(operation):
     assert torch.autograd.gradgradcheck(lambda x: operation(x, channel, spatial, scale.double()), (x,))
 
 
+@pytest.mark.parametrize("operation", [fork_and_mask, mask_parts])
+def test_torch_func_differentiates_and_maps_over_a_mask(operation):
+    rows = 2
+    all_factors = factors(5, 2, 1, rows, 3, [4, 4])
+    x = torch.randn(5, rows if operation is fork_and_mask else 2 * rows, 3, 4, 4)
+
+    def loss(x):
+        return operation(x, *all_factors).square().sum()
+
+    expected = torch.stack([torch.autograd.functional.jacobian(loss, batch) for batch in x])
+    torch.testing.assert_close(torch.func.grad(loss)(x[0]), expected[0])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), expected)
+
+
+def test_torch_func_grad_works_through_a_converted_model():
+    model = apply_rblock(Maps(), "stage", input_size=(16, 9, 9)).train()
+    x = torch.randn(4, 16, 9, 9)
+    gradients = []
+    for differentiate in (torch.func.grad, lambda f: lambda x: torch.autograd.functional.jacobian(f, x)):
+        torch.manual_seed(0)
+        gradients.append(differentiate(lambda x: model(x).square().sum())(x))
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_dropped_infinity_becomes_nan():
+    channel, spatial, scale = factors(5, 2, 1, 2, 3, [4, 4])
+    output = fork_and_mask(torch.full((2, 3, 4, 4), torch.inf), channel, spatial, scale)
+    assert torch.equal(output.isnan(), (channel & spatial).flatten(0, 1))
+    assert output[~output.isnan()].isposinf().all()
+
+
 def test_the_gradient_of_ones_is_the_sum_of_the_masks():
     model = apply_rblock(Maps(), "stage", input_size=(16, 9, 9)).train()
     x = torch.ones(4, 16, 9, 9, requires_grad=True)
@@ -112,7 +143,7 @@ def test_the_gradient_of_ones_is_the_sum_of_the_masks():
 
 
 @pytest.mark.parametrize(("rows", "channels", "size"), [(0, 8, 5), (1, 8, 5), (3, 8, 5), (1500, 8, 5), (2, 24, 130)])
-def test_chunks_and_groups_of_rows_make_no_difference(rows, channels, size):
+def test_chunks_make_no_difference(rows, channels, size):
     channel, spatial, scale = factors(1, 2, 1, rows, channels, [size, size])
     x = torch.randn(rows, channels, size, size)
     expected = torch.cat((x, x)).double() * dense(channel, spatial, scale)

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from rblock_fx import apply_rblock, set_drop_prob, split_pair
 from rblock_fx.masks.coverage import coverage
-from rblock_fx.masks.functional import _mask_in_chunks
+from rblock_fx.masks.functional import _Mask
 from rblock_fx.masks.methods import METHODS, Mask
 from tests.oracles import Maps, opened
 
@@ -238,9 +238,9 @@ def test_masks_do_not_wait_for_the_device(method, rows):
         mask.rate, mask.gamma = torch.empty((), device="cuda"), torch.empty((), device="cuda")
         x = torch.empty(rows, 64, 9, 9, device="cuda")
         masked = mask(x)
-        factors = mask.draw(rows, 64, (9, 9), x.device)
+        factors = mask.draw(x)
         scale = mask.scale(*factors).expand(kind.parts, rows, 1, 1, 1)
-        joined = _mask_in_chunks(masked, *factors, scale, "join")
+        joined = _Mask.apply(masked, *factors, scale, "join")
         assert masked.shape == (kind.parts * rows, 64, 9, 9)
         assert joined.shape == x.shape
         assert masked.device == joined.device == torch.device("cuda", 0)

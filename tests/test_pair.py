@@ -147,6 +147,18 @@ def test_with_a_model_evaluation_and_one_model_stay_plain(method, training):
         assert torch.equal(RBlockLoss(model=model)(output, labels), F.cross_entropy(output, labels))
 
 
+def test_validating_a_copy_while_the_model_trains_stays_plain():
+    model = build().train()
+    average, labels = copy.deepcopy(model).eval(), torch.tensor([3, 3, 3, 3])
+    loss = RBlockLoss(model=model)
+    with torch.no_grad():
+        output = average(torch.randn(4, 3, 32, 32))
+    for target in (labels, torch.tensor([0, 1, 2, 3])):
+        assert torch.equal(loss(output, target), F.cross_entropy(output, target))
+    with pytest.raises(PairError, match=r"got 4 targets for 4 rows with gradients; .*under torch.no_grad\(\)"):
+        loss(average(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 3]))
+
+
 def test_an_unconverted_model_is_rejected():
     with pytest.raises(ConversionError, match=r"RBlockLoss: ResNet is not converted.*apply_rblock\(model"):
         RBlockLoss(model=timm.create_model("test_resnet"))

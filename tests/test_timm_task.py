@@ -81,7 +81,7 @@ def test_criterion_kwargs_make_the_criterion():
 
 @pytest.mark.filterwarnings("error")
 def test_a_single_model_method_trains_without_a_pair():
-    task = RBlockTask(converted(method="dropblock"), RBlockLoss(), verbose=False)
+    task = RBlockTask(converted(method="dropblock", block_size=1), RBlockLoss(), verbose=False)
     images, target = batch()
     result = task(images, target)
     assert result["output"].shape == (6, 5)

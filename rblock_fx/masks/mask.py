@@ -23,7 +23,7 @@ class Mask(nn.Module):
 
     A pair method takes (N, C, *S) where the batch forks and (2N, C, *S) behind the fork, and returns (2N, C, *S) with
     sub-model 1 in the first half. A single-model method returns the shape that it takes. The module masks whenever it
-    is called, in evaluation too: only the training forward calls it.
+    is called, in evaluation too: only the training forward calls it. A dropped inf or nan becomes nan.
 
     Args:
         drop_prob: probability that an activation is dropped, in [0, 1). The complementary methods (BDropDML, SDropDML,
@@ -63,7 +63,7 @@ class Mask(nn.Module):
         self.channel_axis = channel_axis
         self.forks = forks
         self.place = place
-        self.map_size = _remove_channels(shape, channel_axis)
+        self.map_size = tuple(shape[1:] if channel_axis == 1 else shape[:-1])
         # Tensors, because torch.compile builds a graph for each value of a Python float; 0-dim and never a mask,
         # because DistributedDataParallel copies the buffers of rank 0 to every rank.
         for name in ("rate", "gamma"):
@@ -71,11 +71,11 @@ class Mask(nn.Module):
         self.set_drop_prob(drop_prob)
 
     @abstractmethod
-    def draw(self, rows: int, channels: int, map_size: Shape, device: torch.device) -> Factors:
-        """Draw the dropped channels, (K, rows, channels, 1...), and the dropped positions, (K, rows, 1, *map_size).
+    def draw(self, x: Tensor) -> Factors:
+        """Draw the dropped channels, (K, N, C, 1...), and the dropped positions, (K, N, 1, *S), for x of (N, C, *S).
 
         Both are bool, and an activation is dropped where both are True. A factor that is True everywhere may have
-        size 1 on any axis.
+        size 1 on any axis. Of x only the shape and the device matter.
         """
 
     def scale(self, channel: Tensor, spatial: Tensor) -> Tensor:
@@ -84,12 +84,12 @@ class Mask(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mask x, doubling its batch where this site forks."""
-        rows = x.shape[0] if self.forks else x.shape[0] // self.parts
-        map_size = _remove_channels(x.shape[1:], self.channel_axis)
-        channel, spatial = self.draw(rows, x.shape[self.channel_axis], map_size, x.device)
-        scale = self.scale(channel, spatial).expand(self.parts, rows, *(1 for _ in x.shape[1:]))
+        x = x.movedim(self.channel_axis, 1)
+        samples = x if self.forks else x[: len(x) // self.parts]
+        channel, spatial = self.draw(samples)
+        scale = self.scale(channel, spatial).expand(self.parts, len(samples), *(1 for _ in x.shape[1:]))
         operation = fork_and_mask if self.forks else mask_parts
-        return operation(x.movedim(self.channel_axis, 1), channel, spatial, scale).movedim(1, self.channel_axis)
+        return operation(x, channel, spatial, scale).movedim(1, self.channel_axis)
 
     def set_drop_prob(self, drop_prob: float) -> None:
         """Change the drop rate, in [0, 1), and gamma with it; written to the buffers in place."""
@@ -102,19 +102,19 @@ class Mask(nn.Module):
         """Compute the probability of a block centre on a map of this size, for a float or a 0-dim tensor."""
         return block_centre_probability(drop_prob, map_size, self.block_size, self.calibration)
 
-    def draw_centres(self, rows: int, map_size: Shape, device: torch.device) -> Tensor:
-        """Draw block centres r ~ Bernoulli(gamma): (rows, 1, *map_size)."""
-        if map_size == self.map_size:
-            gamma: Tensor | float = self.gamma
-        elif torch.compiler.is_compiling():
-            gamma = self.compute_gamma(map_size, self.rate)
-        else:
-            gamma = self.compute_gamma(map_size, self.drop_prob)
-        return torch.rand((rows, 1, *map_size), device=device) < gamma
+    def draw_centres(self, x: Tensor, parts: int = 1) -> Tensor:
+        """Draw block centres r ~ Bernoulli(gamma) for each part: (K * N, 1, *S)."""
+        map_size = tuple(x.shape[2:])
+        gamma: Tensor | float = self.gamma
+        if map_size != self.map_size:
+            compiling = torch.compiler.is_compiling()  # a graph must follow the rate
+            compute = self.compute_gamma
+            gamma = compute(map_size, self.rate) if compiling else compute(map_size, self.drop_prob)
+        return torch.rand((parts * len(x), 1, *map_size), device=x.device) < gamma
 
-    def draw_blocks(self, rows: int, map_size: Shape, device: torch.device) -> Tensor:
-        """Draw the block mask M: (rows, 1, *map_size)."""
-        return dilate(self.draw_centres(rows, map_size, device), self.block_size)
+    def draw_blocks(self, x: Tensor, parts: int = 1) -> Tensor:
+        """Draw the block mask M for each part: (K, N, 1, *S)."""
+        return dilate(self.draw_centres(x, parts), self.block_size).view(parts, len(x), 1, *x.shape[2:])
 
     @property
     def covers_map(self) -> bool:
@@ -136,17 +136,16 @@ class Mask(nn.Module):
         twin = type(self)(self.drop_prob, self.block_size, self.calibration, self.shape, self.channel_axis, self.forks)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            dropped, total = count_dropped(*twin.draw(rows, channels, self.map_size, torch.device("cpu")))
+            samples = torch.empty((), device="cpu").expand(rows, channels, *self.map_size)
+            dropped, total = count_dropped(*twin.draw(samples))
         return (dropped == 0).double().mean().item(), (dropped == total).double().mean().item()
 
     def extra_repr(self) -> str:
         """Show every hyperparameter, and the gamma that follows from them."""
-        parts = [f"drop_prob={self.drop_prob:g}"]
-        if self.has_blocks:
-            gamma = self.compute_gamma(self.map_size, self.drop_prob)
-            parts += [f"block_size={self.block_size}", f"calibration={self.calibration!r}", f"gamma={gamma:.5g}"]
-        parts += [f"shape={self.shape}", f"channel_axis={self.channel_axis}", f"forks={self.forks}"]
-        return ", ".join(parts if self.place is None else [*parts, f"place={self.place}"])
+        blocks = ["block_size", "calibration", "gamma"] if self.has_blocks else []
+        names = ["drop_prob", *blocks, "shape", "channel_axis", "forks", *([] if self.place is None else ["place"])]
+        values = {**vars(self), "gamma": float(f"{self.compute_gamma(self.map_size, self.drop_prob):.5g}")}
+        return ", ".join(f"{name}={values[name]!r}" for name in names)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the model to its device but stay in float32: gamma in half precision is a different drop rate."""
@@ -155,8 +154,3 @@ class Mask(nn.Module):
             self._buffers[name] = torch.empty((), dtype=torch.float32, device=buffer.device)
         self.set_drop_prob(self.drop_prob)
         return self
-
-
-def _remove_channels(shape: Shape, channel_axis: int) -> Shape:
-    """Return the spatial part of one sample's shape."""
-    return tuple(shape[1:]) if channel_axis == 1 else tuple(shape[:-1])

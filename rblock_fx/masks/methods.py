@@ -18,11 +18,11 @@ class BDropDML(Mask):
 
     shares_drop_prob = True
 
-    def draw(self, rows: int, channels: int, map_size: Shape, device: torch.device) -> Factors:
+    def draw(self, x: Tensor) -> Factors:
         """Draw l1 ~ Bernoulli(0.5) and l2 = 1 - l1 over channels; M over positions."""
-        blocks = self.draw_blocks(rows, map_size, device)
-        first = _uniform(1, rows, channels, map_size, device) < 0.5
-        return torch.cat((first, ~first)), blocks.unsqueeze(0)
+        blocks = self.draw_blocks(x)
+        first = _draw_channels(x) < 0.5
+        return torch.cat((first, ~first)), blocks
 
 
 class SDropDML(Mask):
@@ -34,10 +34,10 @@ class SDropDML(Mask):
 
     shares_drop_prob = True
 
-    def draw(self, rows: int, channels: int, map_size: Shape, device: torch.device) -> Factors:
+    def draw(self, x: Tensor) -> Factors:
         """Draw l over channels; M and 1 - M over positions."""
-        split = _uniform(1, rows, channels, map_size, device) < self.rate
-        blocks = self.draw_blocks(rows, map_size, device).unsqueeze(0)
+        split = _draw_channels(x) < self.rate
+        blocks = self.draw_blocks(x)
         return split, torch.cat((blocks, ~blocks))
 
     def compute_gamma(self, map_size: Shape, drop_prob: RateT) -> RateT:
@@ -54,16 +54,13 @@ class CDropBlock(Mask):
 
     shares_drop_prob = True
 
-    def draw(self, rows: int, channels: int, map_size: Shape, device: torch.device) -> Factors:  # noqa: ARG002
+    def draw(self, x: Tensor) -> Factors:
         """Draw the blocks of sub-model 1 and those of 2, on every channel."""
-        centres = self.draw_centres(rows, map_size, device)
-        coin = torch.rand((rows, 1, *map_size), device=device) < 0.5
-        first = dilate(centres & coin, self.block_size)
-        second = dilate(centres & ~coin, self.block_size)
-        first_yields = _uniform(1, rows, 1, map_size, device)[0] < 0.5
-        both = first & second
-        spatial = torch.stack((first & ~(both & first_yields), second & ~(both & ~first_yields)))
-        return _everything(rows, map_size, device), spatial
+        centres = self.draw_centres(x)
+        coin = torch.rand(centres.shape, device=x.device) < 0.5
+        first, second = (dilate(centres & side, self.block_size) for side in (coin, ~coin))
+        first_yields = _draw_channels(x[:, :1])[0] < 0.5
+        return _everything(x), torch.stack((first & ~(second & first_yields), second & ~(first & ~first_yields)))
 
 
 class DropBlock(Mask):
@@ -71,10 +68,9 @@ class DropBlock(Mask):
 
     parts = 1
 
-    def draw(self, rows: int, channels: int, map_size: Shape, device: torch.device) -> Factors:  # noqa: ARG002
+    def draw(self, x: Tensor) -> Factors:
         """Draw M over positions for each part independently, on every channel."""
-        blocks = self.draw_blocks(self.parts * rows, map_size, device)
-        return _everything(rows, map_size, device), blocks.view(self.parts, rows, 1, *map_size)
+        return _everything(x), self.draw_blocks(x, self.parts)
 
 
 class RDropBlock(DropBlock):
@@ -89,10 +85,9 @@ class SpatialDropout(Mask):
     parts = 1
     has_blocks = False
 
-    def draw(self, rows: int, channels: int, map_size: Shape, device: torch.device) -> Factors:
+    def draw(self, x: Tensor) -> Factors:
         """Draw channels for each part independently, whole."""
-        dropped = _uniform(self.parts, rows, channels, map_size, device) < self.rate
-        return dropped, _everything(rows, map_size, device)
+        return _draw_channels(x, self.parts) < self.rate, _everything(x)
 
 
 class RSpatialDropout(SpatialDropout):
@@ -108,14 +103,13 @@ class Dropout(Mask):
     needs_map = False
     has_blocks = False
 
-    def draw(self, rows: int, channels: int, map_size: Shape, device: torch.device) -> Factors:
+    def draw(self, x: Tensor) -> Factors:
         """Draw activations for each part independently: a factor over all axes and one over none."""
-        dropped = torch.rand((self.parts, rows, channels, *map_size), device=device) < self.rate
-        return dropped, _everything(rows, map_size, device)
+        return torch.rand((self.parts, *x.shape), device=x.device) < self.rate, _everything(x)
 
-    def scale(self, channel: Tensor, spatial: Tensor) -> Tensor:
+    def scale(self, channel: Tensor, spatial: Tensor) -> Tensor:  # noqa: ARG002
         """Compute 1 / (1 - p), as torch.nn.Dropout and R-Drop do."""
-        return (1 / (1 - self.rate)).expand(self.parts, spatial.shape[1], *(1 for _ in channel.shape[2:]))
+        return 1 / (1 - self.rate)
 
 
 class RDrop(Dropout):
@@ -130,10 +124,10 @@ class CDrop(Dropout):
     parts = 2
     largest_drop_prob = 0.5
 
-    def draw(self, rows: int, channels: int, map_size: Shape, device: torch.device) -> Factors:
+    def draw(self, x: Tensor) -> Factors:
         """Draw activations from the two ends of one uniform number; at p = 0.5 exactly complementary."""
-        uniform = torch.rand((1, rows, channels, *map_size), device=device)
-        return torch.cat((uniform < self.rate, uniform >= 1 - self.rate)), _everything(rows, map_size, device)
+        uniform = torch.rand((1, *x.shape), device=x.device)
+        return torch.cat((uniform < self.rate, uniform >= 1 - self.rate)), _everything(x)
 
 
 METHODS: dict[str, type[Mask]] = {
@@ -150,11 +144,11 @@ METHODS: dict[str, type[Mask]] = {
 }
 
 
-def _uniform(parts: int, rows: int, channels: int, map_size: Shape, device: torch.device) -> Tensor:
-    """Draw a number in [0, 1) per channel: (parts, rows, channels, 1...)."""
-    return torch.rand((parts, rows, channels, *(1 for _ in map_size)), device=device)
+def _draw_channels(x: Tensor, parts: int = 1) -> Tensor:
+    """Draw a number in [0, 1) for each channel: (K, N, C, 1...)."""
+    return torch.rand((parts, *x.shape[:2], *(1 for _ in x.shape[2:])), device=x.device)
 
 
-def _everything(rows: int, map_size: Shape, device: torch.device) -> Tensor:
-    """Build the factor that is True everywhere: (1, rows, 1, 1...)."""
-    return torch.ones((1, rows, 1, *(1 for _ in map_size)), dtype=torch.bool, device=device)
+def _everything(x: Tensor) -> Tensor:
+    """Build the factor that is True everywhere: (1, N, 1, 1...)."""
+    return torch.ones((1, len(x), *(1 for _ in x.shape[1:])), dtype=torch.bool, device=x.device)

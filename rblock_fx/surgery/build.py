@@ -18,10 +18,9 @@ from rblock_fx.network.record import ROWS, record_forward
 from rblock_fx.network.replica import META, Shape, tensors_in
 from rblock_fx.network.stages import Site
 from rblock_fx.network.survey import Survey
-from rblock_fx.surgery.checkpointing import checkpoint_modules
-from rblock_fx.surgery.code import generate, truncated
+from rblock_fx.surgery.code import checkpoint_modules, generate
 from rblock_fx.surgery.conversion import Conversion, Generated, RBlock
-from rblock_fx.surgery.fork import Fork, Probe, fork_batch
+from rblock_fx.surgery.fork import Fork, Probe, fork_batch, truncated
 from rblock_fx.surgery.trace import MASKS, MaskCall, Trace, trace_forward
 
 

@@ -1,18 +1,23 @@
-"""From a graph to Python: the generated training forwards."""
+"""From a graph to Python: the clean training forward, and the one with activation checkpointing."""
 
+import contextlib
 import dataclasses
 import importlib
+import inspect
 import keyword
-import operator
 import re
+import sys
+import threading
 import types
 import unicodedata
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, fx, nn
+import torch.utils.checkpoint
+from torch import fx, nn
 
 from rblock_fx.errors import ConversionError
+from rblock_fx.network.replica import CHECKPOINTING
 
 # fx frees each value behind its last use, on the same line; the source that people read leaves that out.
 _RELEASE = re.compile(r";  (\w+ = )+None(?=\s*(#.*)?$)", re.MULTILINE)
@@ -103,50 +108,132 @@ def generate(graph: fx.Graph, comments: dict[str, str]) -> TrainingForward:
     return TrainingForward(source, code.globals)
 
 
-def truncated(graph: fx.Graph, output: fx.Node, last: fx.Node) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """Copy a graph up to its node `last`, with another output; also returns the copies of its nodes."""
-    copy = fx.Graph()
-    nodes: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node.op == "output":
-            break
-        nodes[node] = copy.node_copy(node, nodes.__getitem__)
-        if node is last:
-            break
-    copy.output(nodes[output])
-    return copy, nodes
-
-
-def erase_unused(
-    graph: fx.Graph, masks: dict[fx.Node, Any], kept: Collection[fx.Node], specialised: Collection[str]
-) -> None:
-    """Erase masks of maps that nothing uses, unused items of lists, and the arguments that were specialised."""
-    arguments = {f"{name}_1" for name in specialised}
-    for node in [node for node in graph.nodes if node.op == "placeholder" and node.target in arguments]:
-        checks = list(node.users)  # fx asserts that each has its default
-        for user in [*(user for check in checks for user in check.users), *checks, node]:
-            graph.erase_node(user)
-    for node in reversed(graph.nodes):
-        is_item = node.op == "call_function" and node.target is operator.getitem
-        if not node.users and node not in kept and (node in masks or is_item):
-            masks.pop(node, None)
-            graph.erase_node(node)
-
-
-def take_constants(graph: fx.Graph, replica: nn.Module, holder: str) -> dict[str, Tensor]:
-    """Move the tensors that the forward makes of numbers alone, which fx leaves on the traced module, to `holder`."""
-    constants = {}
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
-            name = node.target.removeprefix("_")
-            constants[name] = getattr(replica, node.target)
-            if constants[name].is_meta:
-                raise RuntimeError("it uses a tensor that a module keeps as a plain attribute")
-            node.target = f"{holder}.{name}"
-    return constants
-
-
 def identifier(path: str) -> str:
     """A name for generated code that is made of the path of a module."""
     name = re.sub(r"\W", "_", unicodedata.normalize("NFKC", path))
     return name if name.isidentifier() else f"site_{name}"
+
+
+class Checkpoints:
+    """Records which modules run under activation checkpointing while a forward is traced.
+
+    Args:
+        ancestors: the modules that are traced through, with their paths.
+
+    Attributes:
+        modules: the modules, each with the attribute of the model that switches it; None where it is always on.
+    """
+
+    def __init__(self, ancestors: Mapping[nn.Module, str]) -> None:
+        self.modules: dict[str, str | None] = {}
+        self._ancestors = ancestors
+        self._around = list(ancestors)[:1]
+        self._depth = 0
+
+    def can_be_switched(self) -> bool:
+        """Whether one of the modules that are traced through has the switch."""
+        return any(CHECKPOINTING in vars(module) for module in self._ancestors)
+
+    def note_call(self, path: str) -> None:
+        """Record a call of a module that is not traced through."""
+        if self._depth:
+            switches = (module for module in reversed(self._around) if vars(module).get(CHECKPOINTING))
+            switch = next((f"{self._ancestors[module]}.{CHECKPOINTING}".lstrip(".") for module in switches), None)
+            self.modules[path] = switch
+
+    @contextlib.contextmanager
+    def inside(self, module: nn.Module) -> Iterator[None]:
+        """Know the modules around the one that is called."""
+        self._around += [module] if module in self._ancestors else []
+        yield
+        self._around = self._around[:-1] if module in self._ancestors else self._around
+
+    @contextlib.contextmanager
+    def noticed(self, enabled: bool) -> Iterator[None]:
+        """Run checkpointed code directly and record it, with the switches of the modules traced through set."""
+        original = torch.utils.checkpoint.checkpoint
+        options = inspect.signature(original).parameters
+        thread = threading.get_ident()
+
+        def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return original(function, *args, **kwargs)
+            self._depth += 1
+            try:
+                return function(*args, **{name: kwargs[name] for name in kwargs if name not in options})
+            finally:
+                self._depth -= 1
+
+        modules = (sys.modules.get(type(module).__module__) for module in self._ancestors)
+        scopes = [vars(torch.utils.checkpoint), *(vars(module) for module in modules if module is not None)]
+        names = [(scope, name) for scope in scopes for name, value in scope.items() if value is original]
+        switches = {m: vars(m)[CHECKPOINTING] for m in self._ancestors if CHECKPOINTING in vars(m)}
+        for scope, name in names:
+            scope[name] = checkpoint
+        for module in switches:
+            setattr(module, CHECKPOINTING, enabled)
+        try:
+            yield
+        finally:
+            for scope, name in names:
+                scope[name] = original
+            for module, value in switches.items():
+                setattr(module, CHECKPOINTING, value)
+
+
+def checkpoint_modules(graph: fx.Graph, checkpointed: Mapping[str, str | None], replica: nn.Module) -> None:
+    """Call each module of a graph that may be checkpointed through `run_checkpointed`, in place."""
+    switches: dict[str, fx.Node] = {}
+    for node in [node for node in graph.nodes if node.op == "call_module"]:
+        inside = {path: _relative(path, node.target) for path in checkpointed}
+        parts = tuple(part for part in inside.values() if part is not None)
+        if not parts:
+            continue
+        if not _runs_in_sequence(replica.get_submodule(node.target), parts):
+            parts = ("",)
+        switch = next(checkpointed[path] for path, part in inside.items() if part is not None)
+        with graph.inserting_before(node):
+            module = graph.create_node("get_attr", node.target, name=f"{node.name}_module")
+            if switch is not None and switch not in switches:
+                switches[switch] = graph.get_attr(switch)
+        enabled = True if switch is None else switches[switch]
+        node.op, node.target = "call_function", run_checkpointed
+        node.args = (module, parts, enabled, *node.args)
+
+
+def run_checkpointed(module: nn.Module, parts: tuple[str, ...], enabled: bool, *args: Any, **kwargs: Any) -> Any:
+    """Call a module, or where `enabled` its parts in sequence, the named ones under activation checkpointing.
+
+    Args:
+        module: the module; unless it is itself the part (""), a sequence of modules.
+        parts: paths inside the module.
+        enabled: whether checkpointing is on.
+        args: the module's arguments.
+        kwargs: the module's keyword arguments.
+    """
+    if not enabled or not parts:
+        return module(*args, **kwargs)
+    if "" in parts:
+        return torch.utils.checkpoint.checkpoint(module, *args, use_reentrant=False, **kwargs)
+    (x,) = args
+    for name, child in module.named_children():
+        inside = tuple(part for path in parts if (part := _relative(path, name)) is not None)
+        x = run_checkpointed(child, inside, enabled, x)
+    return x
+
+
+def _relative(path: str, container: str) -> str | None:
+    """The path of a module inside a container, "" for the container itself, None for one outside."""
+    if path == container:
+        return ""
+    return path.removeprefix(container + ".") if path.startswith(container + ".") else None
+
+
+def _runs_in_sequence(module: nn.Module, parts: tuple[str, ...]) -> bool:
+    """Whether the parts can be reached by calling the children of sequences one after the other."""
+    if "" in parts:
+        return True
+    children = dict(module.named_children())
+    inside = {name: tuple(p for path in parts if (p := _relative(path, name)) is not None) for name in children}
+    nested = all(_runs_in_sequence(children[name], inside[name]) for name in children if inside[name])
+    return type(module).forward is nn.Sequential.forward and nested

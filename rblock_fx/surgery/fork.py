@@ -1,7 +1,7 @@
-"""Double the batch of a graph as late as the graph allows, from how its values change with the batch."""
+"""Passes over a graph: double its batch as late as its values allow, cut it, erase what nothing uses."""
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import torch
@@ -189,3 +189,46 @@ def _walk(graph: fx.Graph, masks: set[fx.Node], plain: Probe, fork: Fork, *, edi
 def _double(graph: fx.Graph, before: fx.Node, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
     with graph.inserting_before(before):
         return graph.call_function(function, args)
+
+
+def truncated(graph: fx.Graph, output: fx.Node, last: fx.Node) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """Copy a graph up to its node `last`, with another output; also returns the copies of its nodes."""
+    copy = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            break
+        nodes[node] = copy.node_copy(node, nodes.__getitem__)
+        if node is last:
+            break
+    copy.output(nodes[output])
+    return copy, nodes
+
+
+def erase_unused(
+    graph: fx.Graph, masks: dict[fx.Node, Any], kept: Collection[fx.Node], specialised: Collection[str]
+) -> None:
+    """Erase masks of maps that nothing uses, unused items of lists, and the arguments that were specialised."""
+    arguments = {f"{name}_1" for name in specialised}
+    for node in [node for node in graph.nodes if node.op == "placeholder" and node.target in arguments]:
+        checks = list(node.users)  # fx asserts that each has its default
+        for user in [*(user for check in checks for user in check.users), *checks, node]:
+            graph.erase_node(user)
+    for node in reversed(graph.nodes):
+        is_item = node.op == "call_function" and node.target is operator.getitem
+        if not node.users and node not in kept and (node in masks or is_item):
+            masks.pop(node, None)
+            graph.erase_node(node)
+
+
+def take_constants(graph: fx.Graph, replica: nn.Module, holder: str) -> dict[str, Tensor]:
+    """Move the tensors that the forward makes of numbers alone, which fx leaves on the traced module, to `holder`."""
+    constants = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
+            name = node.target.removeprefix("_")
+            constants[name] = getattr(replica, node.target)
+            if constants[name].is_meta:
+                raise RuntimeError("it uses a tensor that a module keeps as a plain attribute")
+            node.target = f"{holder}.{name}"
+    return constants

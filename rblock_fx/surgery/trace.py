@@ -19,9 +19,9 @@ from rblock_fx.errors import ConversionError, first_line
 from rblock_fx.network.replica import Shape, Structure, random_state_kept
 from rblock_fx.network.stages import Site, containers_of
 from rblock_fx.network.survey import Survey
-from rblock_fx.surgery.checkpointing import Checkpoints
-from rblock_fx.surgery.code import erase_unused, identifier, take_constants
+from rblock_fx.surgery.code import Checkpoints, identifier
 from rblock_fx.surgery.conversion import Guards, RBlock, forward_of
+from rblock_fx.surgery.fork import erase_unused, take_constants
 from rblock_fx.surgery.watch import Draws, GuardedProxy, Watch
 
 # The attribute of a converted model that holds its masks.
