@@ -146,6 +146,11 @@ def check_suitable(model: nn.Module, method: str = "dropblock") -> None:
             f"{name} is an optical flow model, which takes two batches of images and refines flows in a loop, where "
             "each step would draw another mask; convert its encoder: apply_rblock(model.feature_encoder)"
         )
+    if name == "FeatureHookNet":
+        raise ConversionError(
+            f"timm's {name} collects its maps with forward hooks, which a traced forward would not run; use the getter: "
+            "apply_rblock(timm.create_model('nasnetalarge', features_only=True, feature_cls='getter'))"
+        )
     kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
     if "WeightedQuantizedModule" in kinds:  # of torch.ao, or wherever it moves to
         raise ConversionError(

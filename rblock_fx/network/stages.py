@@ -69,7 +69,7 @@ def format_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str
 def find_stages(model: nn.Module, survey: Survey) -> SiteList:
     """Stages from timm's feature_info where it names maps, otherwise the last cut of each resolution."""
     channels_last = getattr(model, "output_fmt", None) == "NHWC"
-    described = [(entry, survey.runs_of(entry.get("module", ""))) for entry in _feature_info(model)]
+    described = [(entry, _runs_of_stage(entry.get("module"), survey)) for entry in _feature_info(model)]
     found: list[tuple[ModuleRun, int | None]]
     if any(runs for _, runs in described):
         # Where timm's stages are tokens, a patch embedding is not a stage either.
@@ -99,6 +99,12 @@ def containers_of(sites: Iterable[Site]) -> tuple[str, ...]:
     """The paths of the modules around sites, without the model itself."""
     names = [site.path.split(".") for site in sites]
     return tuple(dict.fromkeys(".".join(path[:depth]) for path in names for depth in range(1, len(path))))
+
+
+def _runs_of_stage(name: str | None, survey: Survey) -> list[ModuleRun]:
+    """The calls of a module in timm's feature_info; features_only models have it under another name."""
+    names = (name, name.replace(".", "_"), f"model.{name}") if name else ()
+    return next((runs for runs in map(survey.runs_of, names) if runs), [])
 
 
 def _feature_info(model: nn.Module) -> list[dict[str, Any]]:

@@ -105,7 +105,8 @@ class SiteTracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Record a call of a module, with masks if it is a site. fx patches every thread: others pass through."""
-        if threading.get_ident() != self._thread:
+        is_new = m not in (self.submodule_paths or {})  # a slice of a container, made by the forward
+        if is_new or threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         if m not in self.ancestors:
             self.checkpoints.note_call(self.path_of_module(m))

@@ -114,8 +114,8 @@ class Watch:
             return value if value is not None else watch._note(self, name, None, sys._getframe(1))
 
         def setattribute(self: nn.Module, name: str, value: Any) -> None:
-            if not name.startswith("_tensor_constant"):  # fx keeps those there
-                path = watch._paths.get(id(self), "")
+            path = watch._paths.get(id(self))
+            if path is not None and not name.startswith("_tensor_constant"):  # fx keeps those there
                 where = f"{path}.{name}" if path else name
                 raise RuntimeError(f"it assigns {where!r}, which the generated forward would not do")
             original.__setattr__(self, name, value)
