@@ -148,8 +148,8 @@ def check_suitable(model: nn.Module, method: str = "dropblock") -> None:
         )
     if name == "FeatureHookNet":
         raise ConversionError(
-            f"timm's {name} collects its maps with forward hooks, which a traced forward would not run; use the getter: "
-            "apply_rblock(timm.create_model('nasnetalarge', features_only=True, feature_cls='getter'))"
+            f"timm's {name} collects its maps with forward hooks, which a traced forward does not run; use the getter: "
+            "timm.create_model('nasnetalarge', features_only=True, feature_cls='getter')"
         )
     kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
     if "WeightedQuantizedModule" in kinds:  # of torch.ao, or wherever it moves to
