@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 # Each example builds tensors, whose first allocation can take long; the properties themselves are exact.
 settings.register_profile("default", deadline=None, max_examples=50)
-settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
+settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
 settings.register_profile("nightly", deadline=None, max_examples=400)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 

@@ -343,6 +343,7 @@ def test_what_cannot_be_reported_on_is_one_error(tmp_path, monkeypatch, capsys):
         assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
 
 
+@pytest.mark.nightly
 def test_a_tiny_sweep_from_nothing_to_the_page(tmp_path):
     """Two methods, the real launcher, both at a time; then a damaged result is repeated, and only that."""
     rows = [{"name": "plain", "set": {"method": "none"}}, {"name": "BDropDML", "set": {}, "against": ["plain"]}]
