@@ -24,6 +24,7 @@ from typing import Any, Literal
 import results
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from checkpoint import State, adopt_run, claim, load_checkpoint, open_run, save_checkpoint
 from data import count_steps, load_data, train_batches
@@ -203,7 +204,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
             if checkpoint.resolve().parent != Path(config.output_dir).resolve():
                 adopt_run(accelerator, config, state, checkpoint.parent, ema)
         if accelerator.is_main_process:
-            results.write_text(config, "config.yaml", results.to_yaml(config))
+            results.write_config(config)
         if config.trackers:
             accelerator.init_trackers("rblock-fx")
 
@@ -289,7 +290,11 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
 
 def start_accelerator(config: Config) -> Accelerator:
     """Return Accelerate, once it is sure that it joined all processes and has what the settings ask for."""
-    results.check_trackers(config.trackers)
+    missing = sorted(set(config.trackers) - {str(tracker) for tracker in get_available_trackers()})
+    if missing:  # Accelerate leaves them out
+        raise RecipeError(
+            f"trackers: {missing[0]!r} is unknown to Accelerate, or not installed; pip install {missing[0]}"
+        )
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():  # Accelerate trains in float32 then
         raise RecipeError("mixed_precision fp16 needs a GPU, and there is none; use --mixed_precision bf16 or no")
     try:
