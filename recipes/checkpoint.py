@@ -78,7 +78,7 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def claim(folder: Path | str) -> FileLock:
+def lock_folder(folder: Path | str) -> FileLock:
     """Create a folder and hold it for this process until it ends, however it ends.
 
     Raises:
@@ -140,7 +140,7 @@ def save_checkpoint(accelerator: Accelerator, config: "Config", state: State, em
     current, previous = (Path(config.output_dir) / name for name in CHECKPOINTS)
     temporary = current.with_name("checkpoint.tmp")
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
         if current.exists():
             shutil.rmtree(previous, ignore_errors=True)  # so that the disk holds two of them, not three
     accelerator.wait_for_everyone()

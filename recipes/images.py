@@ -75,14 +75,14 @@ def walk_images(folder: Path, left_out: Counter[str], max_megapixels: float | No
                 left_out[f"{path.suffix or 'no ending'}, which Pillow does not open"] += 1
             elif not path.exists():
                 left_out["a broken link"] += 1
-            elif max_megapixels is not None and megapixels(path) > max_megapixels:
+            elif max_megapixels is not None and count_megapixels(path) > max_megapixels:
                 left_out[f"above {max_megapixels:g} megapixels"] += 1
             else:
                 found.append(path)
     return sorted(found, key=lambda path: natural_key(str(path)))
 
 
-def megapixels(path: Path) -> float:
+def count_megapixels(path: Path) -> float:
     """Return the size of an image without decoding it; infinity beyond Pillow's limit."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:

@@ -226,7 +226,7 @@ def format_row(row: Row, epochs: int) -> str:
     )
 
 
-def best_top1(rows: list[Row]) -> float:
+def find_best_top1(rows: list[Row]) -> float:
     """Return the best epoch's top-1 in percent; it was chosen by looking, so the last epoch's is the fairer figure."""
     return max(float(row["test_top1"]) for row in rows)
 
@@ -266,7 +266,7 @@ def write_results(config: "Config", data: ImageData, rows: list[Row], planned: i
     """Write metrics.csv and, last of all, result.json: where it exists, the run is complete."""
     last = rows[-1]
     result = {
-        "top1_best": best_top1(rows),
+        "top1_best": find_best_top1(rows),
         "top1_last": last["test_top1"],
         "nll_last": last["test_ce"],
         "ece_last": last["test_ece"],
@@ -287,13 +287,13 @@ def write_results(config: "Config", data: ImageData, rows: list[Row], planned: i
         "device": str(accelerator.device),
         "num_threads": torch.get_num_threads(),
         "config": asdict(replace(config, resume=None)),
-        "versions": versions(),
+        "versions": read_versions(),
     }
     write_metrics(config, rows)  # a run killed right after a checkpoint lacks the last row
     write_text(config, "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
-def versions() -> dict[str, str]:
+def read_versions() -> dict[str, str]:
     """Return the versions that the figures were made with; rblock_fx has none when it runs from its source tree."""
     installed = {each.name.lower(): each.version for each in distributions()}
     names = ("torch", "torchvision", "timm", "accelerate", "rblock-fx", "scikit-learn", "safetensors")

@@ -85,7 +85,7 @@ def fashion_mnist(config: "Config") -> Source:
 
     The four idx files, gzipped or not, are in data_dir, where torchvision puts them below it, or where Debian does.
     """
-    root, first = folder_of(config), Path(FashionMNIST.resources[0][0]).stem
+    root, first = locate_files(config), Path(FashionMNIST.resources[0][0]).stem
     places = [root / "FashionMNIST" / "raw", root] + ([DEBIAN] if config.data_dir is None else [])
     found = [place for place in places if (place / first).is_file() or (place / f"{first}.gz").is_file()]
     folder = found[0] if found else fetch(config, "FashionMNIST", FashionMNIST.mirrors[0]) / "raw"
@@ -141,7 +141,7 @@ def measure_moments(images: Tensor) -> Preprocessing:
 
 def image_folder(config: "Config") -> Source:
     """Your own images: data_dir/train/<class>/ with val/ (or validation/) and test/ beside it, or data_dir/<class>/."""
-    root, left_out = folder_of(config), Counter[str]()
+    root, left_out = locate_files(config), Counter[str]()
     train = root / "train" if (root / "train").is_dir() else root
     images = find_images(train, left_out, config.max_megapixels)
     classes, held = list(images), {}
@@ -172,7 +172,7 @@ def tiny_imagenet(config: "Config") -> Source:
 
     (The 10,000 images of its own test folder have no published labels.)
     """
-    folder, left_out = folder_of(config), Counter[str]()
+    folder, left_out = locate_files(config), Counter[str]()
     if not (folder / "wnids.txt").is_file():  # else data_dir is the extracted folder itself
         folder = fetch(config, "tiny-imagenet-200", *TINY_IMAGENET)
     train, val = find_images(folder / "train", left_out), folder / "val"
@@ -275,7 +275,7 @@ def library_set(config: "Config", prefix: str, name: str) -> Source:
 # --- downloads -------------------------------------------------------------------------------------------------------
 
 
-def folder_of(config: "Config") -> Path:
+def locate_files(config: "Config") -> Path:
     """Return where the files of a data set are."""
     return Path(config.data_dir or "data").expanduser()
 
@@ -289,7 +289,7 @@ def fetch(config: "Config", member: str, url: str, md5: str | None = None) -> Pa
     Raises:
         RecipeError: download is off, the download fails, an archive is damaged, or the folder cannot be written.
     """
-    root = folder_of(config)
+    root = locate_files(config)
     target, archive = root / member, root / Path(url).name
     if target.is_dir():
         return target

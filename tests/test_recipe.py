@@ -312,6 +312,17 @@ def test_two_processes_report_a_mistake_once(recipe_server, tmp_path):
 
 def test_the_same_seed_gives_the_same_run(in_process, tmp_path):
     for name, seed in (("one", "3"), ("two", "3"), ("other", "4")):
-        in_process("--epochs", "1", "--ema_decay", "0.9", "--seed", seed, "--output_dir", str(tmp_path / name))
+        in_process(
+            "--epochs",
+            "1",
+            "--train_images",
+            "512",
+            "--ema_decay",
+            "0.9",
+            "--seed",
+            seed,
+            "--output_dir",
+            str(tmp_path / name),
+        )
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
     assert rows_of(tmp_path / "one")[0]["train_loss"] != rows_of(tmp_path / "other")[0]["train_loss"]

@@ -595,7 +595,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, workers, monkeypatch
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     with pytest.raises(RecipeError, match=r"cannot decode the image .*ant/0.jpg: .*exceeds limit"):
         all_of(load("image_folder", root).train)
-    assert recipe_images.megapixels(root / "train" / "ant" / "0.jpg") == float("inf")
+    assert recipe_images.count_megapixels(root / "train" / "ant" / "0.jpg") == float("inf")
 
 
 GREY = files.noise((6, 5), 0)

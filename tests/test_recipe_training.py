@@ -63,7 +63,7 @@ def wait_for_step(folder: Path, step: int, pid: int) -> None:
 # --- kills and signals -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.nightly), 2])
 def uninterrupted(request, recipe_server, tmp_path_factory) -> tuple[int, Path]:
     """A number of processes, and the run that they make when nothing comes between."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
