@@ -227,8 +227,8 @@ WRONG = [
     (["--sites", "[layer9]"], "layer9"),
     (["--block_size", "2"], "block_size"),
     (["--opt", "madam"], "opt: .*madam"),
-    (["--trackers", "[tensorbord]"], "trackers: 'tensorbord' is unknown to Accelerate, or not installed"),
-    (["--trackers", "[aim]"], "trackers: 'aim' is unknown to Accelerate, or not installed; pip install aim"),
+    (["--trackers", "[tensorbord]"], "'tensorbord' is unknown to Accelerate, or not"),
+    (["--trackers", "[aim]"], "'aim' is unknown to Accelerate, or not installed; pip install aim"),
     (["--resume", "nowhere"], "resume: nowhere is not a complete checkpoint"),
 ]
 

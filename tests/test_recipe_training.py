@@ -243,7 +243,8 @@ def again(run: Path, *arguments: str) -> list[str]:
 
 
 CHECKPOINT_FILES = (
-    "state.json", "checksums.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"
+    "state.json", "checksums.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl",
+    "custom_checkpoint_0.pkl",
 )  # fmt: skip
 
 
