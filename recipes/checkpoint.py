@@ -15,16 +15,17 @@ from accelerate import Accelerator
 from accelerate.utils import load
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from settings import RecipeError
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
 if TYPE_CHECKING:
     from train import Config
 
-FORMAT = 3  # of checkpoints; 1 had no checksums and no version, 2 saved the moving average as safetensors
-STATE_FILE, SUMS_FILE = "state.json", "checksums.json"
-RESULTS = ("metrics.csv", "result.json", "model.safetensors", "best.safetensors", "ema.safetensors")
+FORMAT = 2  # of checkpoints; 1 had no checksums, other data orders and no version
+STATE_FILE, SUMS_FILE, EMA_FILE = "state.json", "checksums.json", "ema.safetensors"
+RESULTS = ("metrics.csv", "result.json", "model.safetensors", "best.safetensors", EMA_FILE)
 CHECKPOINTS = ("checkpoint", "checkpoint.previous")
 # settings that a resumed run may change: none of them changes what a step computes
 FREE_ON_RESUME = {
@@ -99,13 +100,13 @@ def lock_folder(folder: Path | str) -> FileLock:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then rename it: a killed run leaves the old file or the new one."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with writing(path.parent):
-        try:
-            write(temporary)
-            allow_reading(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    try:
+        write(temporary)
+        allow_reading(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def allow_reading(path: Path) -> None:
@@ -127,11 +128,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, about: dict[str, Any
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(accelerator: Accelerator, config: "Config", state: State) -> None:
+def save_checkpoint(accelerator: Accelerator, config: "Config", state: State, ema: ModelEmaV3 | None) -> None:
     """Save the present state as output_dir/checkpoint and keep the one before; every process calls it.
 
-    Accelerate saves weights, their average, optimizer, scaler and every process's random state. A run killed at any
-    moment leaves a complete `checkpoint` or a complete `checkpoint.previous`.
+    Accelerate saves weights, optimizer, scaler and every process's random state. A run killed at any moment leaves a
+    complete `checkpoint` or a complete `checkpoint.previous`.
 
     Raises:
         RecipeError: the disk is full or cannot be written; the checkpoint before stays.
@@ -149,6 +150,8 @@ def save_checkpoint(accelerator: Accelerator, config: "Config", state: State) ->
         accelerator.wait_for_everyone()  # the other processes' random states are there now
         if accelerator.is_main_process:
             with writing(current.parent):
+                if ema is not None:
+                    save_tensors(ema.module.state_dict(), temporary / EMA_FILE)
                 saved = {"format": FORMAT, "num_processes": accelerator.num_processes}
                 saved |= {"state": asdict(state), "config": asdict(config)}
                 (temporary / STATE_FILE).write_text(json.dumps(saved, indent=1, allow_nan=False))
@@ -273,12 +276,14 @@ def read_checked(folder: Path) -> dict[str, Any]:
     return saved
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
+def load_checkpoint(accelerator: Accelerator, folder: Path, ema: ModelEmaV3 | None) -> None:
     """Restore the state that save_checkpoint saved, random states included.
 
     Raises:
         RecipeError: the random states cannot be restored on this machine.
     """
+    if ema is not None:
+        ema.module.load_state_dict(load_file(folder / EMA_FILE))
     accelerator.load_state(str(folder))
     # Accelerate only logs, at INFO, when it could not restore these; the run would continue with other masks
     saved = load(folder / f"random_states_{accelerator.process_index}.pkl")  # weights_only
@@ -290,9 +295,10 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
         raise RecipeError(f"resume: the random states in {folder} cannot be restored on this machine")
 
 
-def adopt_run(accelerator: Accelerator, config: "Config", state: State, source: Path) -> None:
+def adopt_run(accelerator: Accelerator, config: "Config", state: State, source: Path, ema: ModelEmaV3 | None) -> None:
     """Make another folder's run this folder's: its checkpoint, and its best weights where it still has them."""
-    save_checkpoint(accelerator, config, state)
+    save_checkpoint(accelerator, config, state, ema)
     best = source / "best.safetensors"
     if accelerator.is_main_process and best.exists():
-        write_atomically(Path(config.output_dir) / best.name, lambda file: shutil.copyfile(best, file))
+        with writing(Path(config.output_dir)):
+            write_atomically(Path(config.output_dir) / best.name, lambda file: shutil.copyfile(best, file))

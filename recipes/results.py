@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
-from checkpoint import State, save_tensors, write_atomically
+from checkpoint import State, save_tensors, write_atomically, writing
 from data import ImageData, evaluation_batches
 from jsonargparse import Namespace
 from settings import RecipeError, make_parser
@@ -239,12 +239,14 @@ def write_config(config: "Config") -> None:
 
 def write_text(config: "Config", name: str, text: str) -> None:
     """Write a text file into output_dir."""
-    write_atomically(Path(config.output_dir) / name, lambda file: file.write_text(text))
+    folder = Path(config.output_dir)
+    with writing(folder):
+        write_atomically(folder / name, lambda file: file.write_text(text))
 
 
 def write_metrics(config: "Config", rows: list[Row]) -> None:
     """Write one CSV row per epoch: the whole file, so that a resumed run cannot repeat a row."""
-    table = io.StringIO()
+    table = io.StringIO(newline="")
     writer = csv.DictWriter(table, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
@@ -255,7 +257,9 @@ def write_weights(config: "Config", data: ImageData, weights: dict[str, Tensor],
     """Write weights with all that predict.py needs in the header: model, classes, normalisation, and the epoch."""
     about = {"epoch": row["epoch"], "test_top1": row["test_top1"], "model": config.model}
     about |= {"model_kwargs": config.model_kwargs, **data.about()}
-    save_tensors(weights, Path(config.output_dir) / name, about)
+    folder = Path(config.output_dir)
+    with writing(folder):
+        save_tensors(weights, folder / name, about)
 
 
 def write_results(config: "Config", data: ImageData, rows: list[Row], planned: int, accelerator: Accelerator) -> None:

@@ -193,18 +193,16 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
     if config.mixup or config.cutmix:  # the criterion smooths the labels
         mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=len(data.classes))
     model, optimizer = accelerator.prepare(network, optimizer)
-    if ema is not None:
-        accelerator.register_for_checkpointing(ema)
 
     accelerator.wait_for_everyone()  # all have looked at output_dir; now the main process may write there
     with lock_folder(config.output_dir) if accelerator.is_main_process else nullcontext():
         if checkpoint is not None:
-            load_checkpoint(accelerator, checkpoint)
+            load_checkpoint(accelerator, checkpoint, ema)
             accelerator.print(f"continuing {checkpoint} after epoch {len(state.rows)}, step {state.step}")
             if drop_schedule is not None:  # its position is a function of the step
                 drop_schedule.load_state_dict(drop_schedule.state_dict() | {"steps_done": state.step})
             if checkpoint.resolve().parent != Path(config.output_dir).resolve():
-                adopt_run(accelerator, config, state, checkpoint.parent)
+                adopt_run(accelerator, config, state, checkpoint.parent, ema)
         if accelerator.is_main_process:
             results.write_config(config)
         if config.trackers:
@@ -239,7 +237,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
                 stop = meter.agree(stop_requested(), at_once=due or state.epoch_steps == last)
                 if stop or (due and state.epoch_steps < last):
                     meter.store()
-                    save_checkpoint(accelerator, config, state)
+                    save_checkpoint(accelerator, config, state, ema)
                 if stop:
                     accelerator.print(f"stopped at step {state.step} and saved; --resume auto continues from there")
                     accelerator.end_training()
@@ -275,7 +273,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
                 results.write_weights(config, data, weights, "best.safetensors", row)
             rows.append(row)
             state = State(list(rows), state.step) if is_whole else state
-            save_checkpoint(accelerator, config, state)
+            save_checkpoint(accelerator, config, state, ema)
             if accelerator.is_main_process and is_whole:
                 results.write_metrics(config, rows)
 
@@ -291,17 +289,18 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
 
 
 def start_accelerator(config: Config) -> Accelerator:
-    """Return an Accelerator that has joined all processes and supports the settings."""
+    """Return Accelerate, once it is sure that it joined all processes and has what the settings ask for."""
     for name in set(config.trackers) - {str(tracker) for tracker in get_available_trackers()}:
         raise RecipeError(f"trackers: {name!r} is unknown to Accelerate, or not installed; pip install {name}")
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():  # Accelerate trains in float32 then
         raise RecipeError("mixed_precision fp16 needs a GPU, and there is none; use --mixed_precision bf16 or no")
-    accumulation = GradientAccumulationPlugin(config.accumulate_steps, sync_with_dataloader=False)
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # else Accelerate leaves torchrun's CPU processes each alone
             mixed_precision=config.mixed_precision,
-            gradient_accumulation_plugin=accumulation,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                config.accumulate_steps, sync_with_dataloader=False
+            ),
             dynamo_backend="inductor" if config.compile else "no",
             log_with=config.trackers or None,
             project_config=ProjectConfiguration(config.output_dir, logging_dir=f"{config.output_dir}/logs"),
@@ -315,8 +314,10 @@ def start_accelerator(config: Config) -> Accelerator:
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of an optimizer step, counted from 0: a resumed run has nothing to restore."""
-    # timm's multistep falls one update early, and torch's schedulers ignore layer decay
+    """Return the learning rate of an optimizer step, counted from 0: a resumed run has nothing to restore.
+
+    (timm's multistep falls one update early, and torch's schedulers ignore layer decay.)
+    """
     total = config.epochs * steps_per_epoch
     warmup = min(config.warmup_epochs * steps_per_epoch, total // 2)
     if step < warmup:

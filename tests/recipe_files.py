@@ -129,7 +129,7 @@ def flat_png(value: int) -> bytes:
 
 
 def write_parquet(root: Path, count: int = 12) -> Path:
-    """A data set as the Hugging Face hub stores it: parquet files and one file per split."""
+    """A data set as the Hugging Face hub stores it: parquet files and a card that tells the splits."""
     import datasets
 
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["ant", "bee", "cow"]))

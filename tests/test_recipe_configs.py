@@ -36,7 +36,7 @@ CIFAR100.train_list, CIFAR100.test_list, CIFAR100.meta = {}, {}, {}
 
 @pytest.fixture(scope="module")
 def data_dirs(tmp_path_factory) -> dict[str, str]:
-    """A folder for each data set, and the lines that set torchvision's checksums of the CIFAR files."""
+    """A folder for each data set, and the lines that tell torchvision the checksums of the CIFAR files."""
     root = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         files.write_cifar(root / "cifar", CIFAR10, patch, count=10)

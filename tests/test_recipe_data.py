@@ -534,7 +534,7 @@ def test_image_folder(tmp_path, test):
         assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
 
-def test_left_out_files_are_counted(tmp_path):
+def test_what_is_left_out_is_counted(tmp_path):
     root = files.write_folders(tmp_path)
     bee = root / "train" / "bee"
     (bee / "notes.txt").write_text("x")

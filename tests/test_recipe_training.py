@@ -1,5 +1,6 @@
-"""Runs of the recipe: kills, signals, damage, schedules, averages, measurements."""
+"""How a run goes: kills, signals, damage, schedules, averages, what it measures."""
 
+import copy
 import json
 import os
 import random
@@ -243,8 +244,7 @@ def again(run: Path, *arguments: str) -> list[str]:
 
 
 CHECKPOINT_FILES = (
-    "state.json", "checksums.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl",
-    "custom_checkpoint_0.pkl",
+    "state.json", "checksums.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl", "ema.safetensors"
 )  # fmt: skip
 
 
@@ -288,7 +288,7 @@ SPOILED = [
     (Path.exists, ["--epochs", "1"], "has 2 epochs; raise --epochs"),
     (Path.exists, ["--max_steps", "2"], "is at step 18; raise --max_steps"),
     (lambda run: edit_state(run, num_processes=2), [], "written by 2 processes and this run has 1"),
-    (lambda run: edit_state(run, format=2), [], "has format 2; this version reads format 3"),
+    (lambda run: edit_state(run, format=3), [], "has format 3; this version reads format 2"),
     (lambda run: [(run / name / "checksums.json").unlink() or edit_format(run / name) for name in
                   ("checkpoint", "checkpoint.previous")], [], "has format 1, without checksums"),
     (lambda run: [shutil.rmtree(path) for path in run.glob("checkpoint*")], [], "holds results .* and no checkpoint"),
@@ -507,7 +507,7 @@ def test_unlabelled_images_train_with_the_divergence_alone(in_process, tmp_path)
     assert float(row["train_loss"]) == pytest.approx(9 * float(row["train_kl"]) / 2, rel=1e-4)
 
 
-# --- measurements ---------------------------------------------------------------------------------------------------
+# --- what is measured ------------------------------------------------------------------------------------------------
 
 
 def test_the_gap_is_that_of_two_forwards():
@@ -537,6 +537,14 @@ def test_the_gap_is_that_of_two_forwards():
     assert gap["gap_agreement"] == pytest.approx(100 * torch.cat(agreeing).mean().item(), abs=1e-4)
     assert gap["gap_kl"] > 1e-4
     assert gap["drop_rate"] == pytest.approx(0.1, abs=0.03)
+
+
+def test_the_gap_leaves_statistics_of_batch_norm_alone():
+    network = models.create_model("test_resnet", num_classes=10)
+    apply_rblock(network, input_size=(3, 32, 32))
+    before = copy.deepcopy(network.state_dict())
+    results.train_inference_gap(network, iter([torch.randn(8, 3, 32, 32)]), seed=0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_measuring_the_gap_changes_nothing(in_process, tmp_path):
