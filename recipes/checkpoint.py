@@ -1,6 +1,5 @@
 """The folder of a run: whole files, one process at a time, and checkpoints that continue bit for bit."""
 
-import errno
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # of checkpoints; 1 had no checksums, other data orders and no version
 STATE_FILE, SUMS_FILE, EMA_FILE = "state.json", "checksums.json", "ema.safetensors"
-RESULTS = ("metrics.csv", "result.json", "model.safetensors", "best.safetensors", "ema.safetensors")
+RESULTS = ("metrics.csv", "result.json", "model.safetensors", "best.safetensors", EMA_FILE)
 CHECKPOINTS = ("checkpoint", "checkpoint.previous")
 # settings that a resumed run may change: none of them changes what a step computes
 FREE_ON_RESUME = {
@@ -36,21 +35,13 @@ FREE_ON_RESUME = {
 
 @dataclass
 class State:
-    """How far a run has come, apart from weights and random states.
+    """How far a run has come, apart from weights and random states."""
 
-    Attributes:
-        rows: the rows of metrics.csv, one per finished epoch.
-        step: optimizer steps in all.
-        epoch_steps: optimizer steps in the unfinished epoch.
-        sums: what the unfinished epoch has summed up, per process (measure.SUMS).
-        train_seconds: the time that the unfinished epoch has taken.
-    """
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    step: int = 0
-    epoch_steps: int = 0
-    sums: list[list[float]] = field(default_factory=list)
-    train_seconds: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.csv, one per finished epoch
+    step: int = 0  # optimizer steps in all
+    epoch_steps: int = 0  # of the unfinished epoch
+    sums: list[list[float]] = field(default_factory=list)  # results.SUMS of the unfinished epoch, per process
+    train_seconds: float = 0.0  # of the unfinished epoch
 
     def advance(self) -> None:
         """Count one optimizer step."""
@@ -59,7 +50,7 @@ class State:
 
 
 class DamagedError(RecipeError):
-    """A file of a checkpoint is not what was written."""
+    """A file of a checkpoint is not as it was written."""
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -77,20 +68,17 @@ def writing(folder: Path) -> Iterator[None]:
     except RecipeError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own
-        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
         free = shutil.disk_usage(existing).free / 2**20
         complete = [name for name in CHECKPOINTS if (folder / name / STATE_FILE).exists()]
         kept = f"; {folder / complete[0]} is complete: continue with --resume auto" if complete else ""
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        # torch's and safetensors' own errors do not say whether the disk is full
-        may_be_full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = f" ({free:.1f} MiB free there); make room, or" if may_be_full else ";"
         raise RecipeError(
-            f"cannot write to output_dir {folder}: {reason}{remedy} name another folder with --output_dir{kept}"
+            f"cannot write to output_dir {folder}: {error} ({free:.1f} MiB free there); make room, or name another "
+            f"folder with --output_dir{kept}"
         ) from error
 
 
-def claim(folder: Path | str) -> FileLock:
+def lock_folder(folder: Path | str) -> FileLock:
     """Create a folder and hold it for this process until it ends, however it ends.
 
     Raises:
@@ -152,7 +140,7 @@ def save_checkpoint(accelerator: Accelerator, config: "Config", state: State, em
     current, previous = (Path(config.output_dir) / name for name in CHECKPOINTS)
     temporary = current.with_name("checkpoint.tmp")
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
         if current.exists():
             shutil.rmtree(previous, ignore_errors=True)  # so that the disk holds two of them, not three
     accelerator.wait_for_everyone()
@@ -167,7 +155,7 @@ def save_checkpoint(accelerator: Accelerator, config: "Config", state: State, em
                 saved = {"format": FORMAT, "num_processes": accelerator.num_processes}
                 saved |= {"state": asdict(state), "config": asdict(config)}
                 (temporary / STATE_FILE).write_text(json.dumps(saved, indent=1, allow_nan=False))
-                (temporary / SUMS_FILE).write_text(json.dumps(checksums(temporary), indent=1))
+                (temporary / SUMS_FILE).write_text(json.dumps(compute_checksums(temporary), indent=1))
                 for path in temporary.rglob("*"):
                     if path.is_file():
                         allow_reading(path)
@@ -182,7 +170,7 @@ def save_checkpoint(accelerator: Accelerator, config: "Config", state: State, em
     accelerator.wait_for_everyone()
 
 
-def checksums(folder: Path) -> dict[str, str]:
+def compute_checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file in a checkpoint but the list itself."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS_FILE)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -198,61 +186,56 @@ def open_run(config: "Config", num_processes: int, steps_per_epoch: int) -> tupl
     if output_dir.exists() and not output_dir.is_dir():
         raise RecipeError(f"output_dir {output_dir} is a file; name a folder, e.g. --output_dir runs/digits")
     held = [name for name in ("config.yaml", *RESULTS, *CHECKPOINTS) if (output_dir / name).exists()]
-    if config.resume is None:
-        if held:
-            raise RecipeError(
-                f"output_dir {output_dir} already holds a run ({', '.join(held)}); continue it with --resume auto, "
-                "or name another folder with --output_dir"
-            )
-        return None, State()
-    if config.resume != "auto":
-        folder = Path(config.resume)
-        if held and folder.resolve().parent != output_dir.resolve():
-            raise RecipeError(
-                f"output_dir {output_dir} already holds another run ({', '.join(held)}) than the checkpoint {folder}; "
-                "name another folder with --output_dir"
-            )
-        return folder, read_state(folder, config, num_processes, steps_per_epoch)
     folders = [output_dir / name for name in CHECKPOINTS if name in held]
-    if not folders and set(held) & set(RESULTS):
+    if config.resume is None and held:
+        raise RecipeError(
+            f"output_dir {output_dir} already holds a run ({', '.join(held)}); continue it with --resume auto, "
+            "or name another folder with --output_dir"
+        )
+    if config.resume not in (None, "auto"):
+        folders = [Path(str(config.resume))]
+        if held and folders[0].resolve().parent != output_dir.resolve():
+            raise RecipeError(
+                f"output_dir {output_dir} already holds another run ({', '.join(held)}) than the checkpoint "
+                f"{folders[0]}; name another folder with --output_dir"
+            )
+    elif not folders and set(held) & set(RESULTS):
         raise RecipeError(
             f"output_dir {output_dir} holds results ({', '.join(held)}) and no checkpoint to continue from; "
             "name another folder with --output_dir"
         )
-    for index, folder in enumerate(folders):
+    for folder in folders:
         try:
             return folder, read_state(folder, config, num_processes, steps_per_epoch)
         except DamagedError as error:
-            if index == len(folders) - 1:
+            if folder == folders[-1]:
                 raise
-            print(f"{error}; using {folders[index + 1]}", flush=True)
+            print(f"{error}; using {folders[-1]}", flush=True)
     return None, State()
 
 
 def read_state(folder: Path, config: "Config", num_processes: int, steps_per_epoch: int) -> State:
-    """Return how far a checkpoint's run had come, once it is sure that this run continues it."""
+    """Return how far a checkpoint's run had come, once it is sure that this run continues it.
+
+    Raises:
+        RecipeError: the checkpoint is damaged, or was written with other settings, processes or data.
+    """
     saved = read_checked(folder)
     state = State(**saved["state"])
     # through JSON, as the saved one went; a setting that the run did not know had today's default
-    defaults = {item.name: item.default for item in fields(config)}
     now = json.loads(json.dumps(asdict(config)))
-    before = {key: saved["config"].get(key, defaults.get(key)) for key in now} | saved["config"]
-    free = FREE_ON_RESUME | ({"epochs"} if more_epochs_change_nothing(config) else set())
-    changed = [
-        f"{key} (there {before.get(key)!r}, now {now.get(key)!r})"
-        for key in sorted(before.keys() - free)
-        if before.get(key) != now.get(key)
-    ]
+    before = {item.name: item.default for item in fields(config)} | saved["config"]
+    changed = {key for key in before if before[key] != now.get(key)} - FREE_ON_RESUME
+    if config.lr_schedule != "cosine" and config.drop_schedule == "constant" and config.warmup_epochs == 0:
+        changed.discard("epochs")  # no schedule ends with the run
     if changed:
-        why = ""
-        if "epochs" not in free and before.get("epochs") != config.epochs:
-            why = "; other epochs change the course of the learning rate or the drop rate"
-        raise RecipeError(f"resume: {folder} was written with other settings: {', '.join(changed)}{why}")
-    processes = saved["num_processes"]
-    if processes != num_processes:
+        listed = ", ".join(f"{key} (there {before[key]!r}, now {now.get(key)!r})" for key in sorted(changed))
+        why = "; other epochs change the course of the learning rate or the drop rate" if "epochs" in changed else ""
+        raise RecipeError(f"resume: {folder} was written with other settings: {listed}{why}")
+    if saved["num_processes"] != num_processes:
         raise RecipeError(
-            f"resume: {folder} was written by {processes} processes and this run has {num_processes}, which would "
-            f"draw other masks; launch {processes}"
+            f"resume: {folder} was written by {saved['num_processes']} processes and this run has {num_processes}, "
+            f"which would draw other masks; launch {saved['num_processes']}"
         )
     if len(state.rows) > config.epochs:
         raise RecipeError(f"resume: {folder} has {len(state.rows)} epochs; raise --epochs to at least that")
@@ -280,9 +263,9 @@ def read_checked(folder: Path) -> dict[str, Any]:
         )
     try:
         expected = dict(json.loads((folder / SUMS_FILE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise DamagedError(f"resume: {folder / SUMS_FILE} is damaged: {error}") from error
-    found = checksums(folder)
+    found = compute_checksums(folder)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             fault = "is missing" if name not in found else f"does not match its checksum in {SUMS_FILE}"
@@ -293,13 +276,8 @@ def read_checked(folder: Path) -> dict[str, Any]:
     return saved
 
 
-def more_epochs_change_nothing(config: "Config") -> bool:
-    """Return whether no schedule ends with the run."""
-    return config.lr_schedule != "cosine" and config.drop_schedule == "constant" and config.warmup_epochs == 0
-
-
 def load_checkpoint(accelerator: Accelerator, folder: Path, ema: ModelEmaV3 | None) -> None:
-    """Restore what save_checkpoint saved, random states included.
+    """Restore the state that save_checkpoint saved, random states included.
 
     Raises:
         RecipeError: the random states cannot be restored on this machine.
@@ -308,14 +286,13 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, ema: ModelEmaV3 | No
         ema.module.load_state_dict(load_file(folder / EMA_FILE))
     accelerator.load_state(str(folder))
     # Accelerate only logs, at INFO, when it could not restore these; the run would continue with other masks
-    random_file = folder / f"random_states_{accelerator.process_index}.pkl"
-    saved = load(random_file)  # weights_only
-    restored = torch.equal(torch.get_rng_state(), saved["torch_manual_seed"])
-    if restored and torch.cuda.is_available():
-        states = zip(torch.cuda.get_rng_state_all(), saved.get("torch_cuda_manual_seed", ()), strict=False)
-        restored = "torch_cuda_manual_seed" in saved and all(torch.equal(now, then) for now, then in states)
-    if not restored:
-        raise RecipeError(f"resume: the random state in {random_file} could not be restored on this machine")
+    saved = load(folder / f"random_states_{accelerator.process_index}.pkl")  # weights_only
+    now, before = [torch.get_rng_state()], [saved["torch_manual_seed"]]
+    if torch.cuda.is_available():
+        now += torch.cuda.get_rng_state_all()
+        before += saved.get("torch_cuda_manual_seed", [])
+    if len(now) > len(before) or not all(map(torch.equal, now, before)):
+        raise RecipeError(f"resume: the random states in {folder} cannot be restored on this machine")
 
 
 def adopt_run(accelerator: Accelerator, config: "Config", state: State, source: Path, ema: ModelEmaV3 | None) -> None:

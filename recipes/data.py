@@ -4,6 +4,7 @@ Splits never change with the seed: an image is held out where the hash of its cl
 """
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from images import CorruptedImages, ImageFiles, mix_seeds
 from models import Preprocessing, resolve_preprocessing
 from settings import RecipeError, suggest
-from sources import DATASETS, LIBRARIES, Source, measure_moments, resized
+from sources import DATASETS, LIBRARIES, Source, library_set, measure_moments, resize_images
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -32,7 +33,6 @@ Pool = Any  # ImageTensors or ImageFiles
 class ImageData:
     """The splits of a run, and what the model and the training loop need to know about them."""
 
-    name: str
     classes: list[str]
     train: Pool  # labelled images first, then those whose label is -100
     labelled: int
@@ -56,7 +56,7 @@ class ImageData:
         return self.normalise(torch.stack(images))
 
     def about(self) -> dict[str, Any]:
-        """Return what the header of the weights and result.json say about the images."""
+        """Return the entries about images in the header of the weights and in result.json."""
         used = self.preprocessing
         return {
             "classes": self.classes, "in_chans": self.shape[0], "image_size": self.shape[1], "mean": list(used.mean),
@@ -70,10 +70,37 @@ def load_data(config: "Config") -> ImageData:
     Raises:
         RecipeError: the data set is unknown, its files are missing or damaged, or the settings do not fit it.
     """
+    source = open_source(config)
+    train, test, test_name = split_source(config, source)
+    labelled, unlabelled = choose_images(config, train, source.classes)
+    labels = add_noise(config, [train.labels[index] for index in labelled], len(source.classes))
+    labels += [-100] * len(unlabelled)
+    chosen = train.select([*labelled, *unlabelled], labels=labels, seed=config.seed if config.augment else None)
+    used = resolve_preprocessing(config)
+    if isinstance(train, ImageFiles):
+        used, channels = used or Preprocessing(), 3
+        training, evaluation = source.transforms or timm_transforms(config, used)
+        chosen = replace(chosen, transform=training if config.augment else evaluation)
+        test = replace(test, transform=evaluation)
+    else:
+        chosen, test = (resize_images(pool, config.image_size) for pool in (chosen, test))
+        used, channels = used or measure_moments(chosen.images), chosen.images.shape[1]
+    if len(used.mean) != channels:  # grey images for weights that saw colours
+        mean, std = (sum(values) / len(values) for values in (used.mean, used.std))
+        used = replace(used, mean=(mean,) * channels, std=(std,) * channels)
+    if config.test_corruption is not None:
+        test = CorruptedImages(test, config.test_corruption, config.seed)
+    lines = describe_data(config, source, train, chosen, len(labelled), test, test_name, used)
+    shape = (channels, config.image_size, config.image_size)
+    return ImageData(source.classes, chosen, len(labelled), test, shape, used, lines)
+
+
+def open_source(config: "Config") -> Source:
+    """Return the data set that the settings name."""
     name = config.dataset
     prefix, _, rest = name.partition("/")
-    if rest and prefix.lower() in LIBRARIES:
-        source = LIBRARIES[prefix.lower()](config, rest)
+    if rest and prefix in LIBRARIES:
+        source = library_set(config, prefix, rest)
     elif name in DATASETS:
         source = DATASETS[name](config)
     else:
@@ -83,29 +110,7 @@ def load_data(config: "Config") -> ImageData:
         raise RecipeError(f"num_classes is {config.num_classes}, but {name} has {len(source.classes)} classes")
     if len(source.classes) < 2:
         raise RecipeError(f"{name} has one class ({', '.join(source.classes)}); expected two or more")
-    train, test, test_name = split_source(config, source)
-    labelled, unlabelled = choose_images(config, train)
-    labels = add_noise(config, [train.labels[index] for index in labelled], len(source.classes))
-    labels += [-100] * len(unlabelled)
-    resolved = resolve_preprocessing(config)
-    files = isinstance(train, ImageFiles)
-    chosen = train.select([*labelled, *unlabelled], labels=labels, seed=config.seed if config.augment else None)
-    if files:
-        training, evaluation = source.transforms or timm_transforms(config, resolved or Preprocessing())
-        chosen = replace(chosen, transform=training if config.augment else evaluation)
-        test = replace(test, transform=evaluation)
-    else:
-        chosen, test = (resized(pool, config.image_size) for pool in (chosen, test))
-    channels = 3 if files else chosen.images.shape[1]
-    used = resolved or (Preprocessing() if files else measure_moments(chosen.images))
-    if len(used.mean) != channels:  # grey images for weights that saw colours
-        mean, std = (sum(values) / len(values) for values in (used.mean, used.std))
-        used = replace(used, mean=(mean,) * channels, std=(std,) * channels)
-    if config.test_corruption is not None:
-        test = CorruptedImages(test, config.test_corruption, config.seed)
-    lines = describe_data(config, source, train, chosen, len(labelled), test, test_name, used)
-    shape = (channels, config.image_size, config.image_size)
-    return ImageData(name, source.classes, chosen, len(labelled), test, shape, used, lines)
+    return source
 
 
 # --- splits ----------------------------------------------------------------------------------------------------------
@@ -128,33 +133,27 @@ def split_source(config: "Config", source: Source) -> tuple[Pool, Pool, str]:
     return train, test, test_name
 
 
+def rank_by_hash(pool: Pool, classes: Sequence[str], salt: str) -> dict[int, list[tuple[float, int]]]:
+    """Return (hash in [0, 1), index) of each image, lowest first, by class; salt, class and file name make the hash."""
+    ranked = defaultdict(list)
+    for index, (label, name) in enumerate(zip(pool.labels, pool.names, strict=True)):
+        digest = hashlib.sha256(f"{salt}/{classes[label]}/{Path(name).name}".encode()).digest()
+        ranked[label].append((int.from_bytes(digest[:7], "big") / 2**56, index))
+    return {label: sorted(images) for label, images in sorted(ranked.items())}
+
+
 def hold_out(pool: Pool, classes: Sequence[str], fraction: float, salt: str) -> tuple[Pool, Pool]:
     """Split off, per class, the images whose hash is below the fraction: at least one, and not the last one."""
-    held: list[int] = []
-    for label, name in enumerate(classes):
-        shares = {
-            index: hash_share(salt, name, Path(pool.names[index]).name) for index in indices_of(pool.labels, label)
-        }
-        order = sorted(shares, key=shares.__getitem__)
-        count = sum(share < fraction for share in shares.values())
-        held += order[: min(max(count, 1), len(order) - 1)]
+    held: set[int] = set()
+    for images in rank_by_hash(pool, classes, salt).values():
+        count = sum(share < fraction for share, _ in images)
+        held |= {index for _, index in images[: min(max(count, 1), len(images) - 1)]}
     if not held:
-        raise RecipeError("no image can be held out: every class has one image; give test images of their own")
-    taken = set(held)
-    return pool.select([index for index in range(len(pool)) if index not in taken]), pool.select(sorted(held))
+        raise RecipeError("no image can be held out: every class has one image; add test images")
+    return pool.select([index for index in range(len(pool)) if index not in held]), pool.select(sorted(held))
 
 
-def hash_share(*words: str) -> float:
-    """Return a number in [0, 1) that depends on these words alone."""
-    return int.from_bytes(hashlib.sha256("/".join(words).encode()).digest()[:7], "big") / 2**56
-
-
-def indices_of(labels: Sequence[int], label: int) -> list[int]:
-    """Return where a label is."""
-    return [index for index, other in enumerate(labels) if other == label]
-
-
-def choose_images(config: "Config", pool: Pool) -> tuple[list[int], list[int]]:
+def choose_images(config: "Config", pool: Pool, classes: Sequence[str]) -> tuple[list[int], list[int]]:
     """Return (labelled, unlabelled) training images; the choice is the same for every seed.
 
     Raises:
@@ -162,34 +161,23 @@ def choose_images(config: "Config", pool: Pool) -> tuple[list[int], list[int]]:
     """
     from sklearn.model_selection import train_test_split
 
-    total, present = len(pool), sorted(set(pool.labels))
-    kept = list(range(total))
-    if config.train_images_per_class is not None:
-        by_hash = {i: hash_share("choice", Path(pool.names[i]).name) for i in kept}
-        groups = [sorted(indices_of(pool.labels, label), key=by_hash.__getitem__) for label in present]
-        fewest = min(map(len, groups))
-        if fewest < config.train_images_per_class:
-            raise RecipeError(
-                f"train_images_per_class is {config.train_images_per_class}; one class has {fewest} images"
-            )
-        kept = sorted(index for group in groups for index in group[: config.train_images_per_class])
-    elif config.train_images not in (None, total):
-        asked = config.train_images or 0
-        if not len(present) <= asked <= total - len(present):
-            raise RecipeError(
-                f"train_images is {asked}; {config.dataset} has {total} training images of {len(present)} classes: "
-                f"expected from {len(present)} to {total - len(present)}, or {total} for all"
-            )
+    ranked, each, total = rank_by_hash(pool, classes, "choice"), config.train_images_per_class, config.train_images
+    kept = list(range(len(pool)))
+    if each is not None:
+        fewest = min(map(len, ranked.values()))
+        if fewest < each:
+            raise RecipeError(f"train_images_per_class is {each}; one class has {fewest} images")
+        kept = sorted(index for images in ranked.values() for _, index in images[:each])
+    elif total not in (None, len(pool)):
         try:
-            kept = sorted(train_test_split(kept, train_size=asked, stratify=pool.labels, random_state=0)[0])
-        except ValueError as error:  # a class of one image cannot be split
-            raise RecipeError(f"train_images: {config.dataset} has no stratified subset: {error}") from error
-    rest = sorted(
-        set(range(total)) - set(kept), key=lambda index: hash_share("unlabelled", Path(pool.names[index]).name)
-    )
+            kept = sorted(train_test_split(kept, train_size=total, stratify=pool.labels, random_state=0)[0])
+        except ValueError as error:  # fewer than one image per class is taken or left, or a class has one image
+            raise RecipeError(f"train_images is {total}; {config.dataset} has {len(pool)}: {error}") from error
+    taken = set(kept)
+    rest = sorted(image for images in ranked.values() for image in images if image[1] not in taken)
     if len(rest) < config.unlabelled_images:
         raise RecipeError(f"unlabelled_images is {config.unlabelled_images}; {len(rest)} training images are left")
-    return kept, sorted(rest[: config.unlabelled_images])
+    return kept, sorted(index for _, index in rest[: config.unlabelled_images])
 
 
 def add_noise(config: "Config", labels: list[int], classes: int) -> list[int]:
@@ -274,12 +262,13 @@ def train_batches(
     return load_batches(config, data, data.train, mine.tolist(), accelerator.device)
 
 
-def image_batches(
-    config: "Config", data: ImageData, split: Any, indices: list[int], device: torch.device
+def evaluation_batches(
+    config: "Config", data: ImageData, indices: list[int], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return the images of these indices in order."""
+    """Return the evaluated images of these indices in order."""
     size = max(2, config.batch_size // config.accumulate_steps)
-    return load_batches(config, data, split, [indices[i : i + size] for i in range(0, len(indices), size)], device)
+    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+    return load_batches(config, data, data.test, batches, device)
 
 
 def load_batches(
@@ -290,7 +279,7 @@ def load_batches(
         split, batch_sampler=batches, num_workers=config.num_workers, generator=torch.Generator(),
         pin_memory=device.type == "cuda",
     )  # fmt: skip
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
     for images, labels in loader:
         ready = data.normalise(images.to(device, non_blocking=True))
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
         yield ready.contiguous(memory_format=layout), labels.to(device, non_blocking=True)

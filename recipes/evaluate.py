@@ -19,6 +19,7 @@ from models import load_trained
 from predict import predict_batches
 from results import score_logits
 from settings import RecipeError, exit_with
+from sources import join_classes
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
@@ -27,12 +28,9 @@ def measure_folder(network: nn.Module, about: dict[str, Any], folder: Path) -> d
     """Return the figures on folder/<class>/; the classes are found by name."""
     classes = list(about["classes"])
     found = find_images(folder, Counter())
-    unknown = [name for name in found if name not in classes]
-    if unknown:
-        raise RecipeError(f"{folder} has images of {', '.join(unknown[:5])}, which the network does not know")
-    pairs = [(path, classes.index(name)) for name, paths in found.items() for path in paths]
-    logits = torch.cat([part for _, part in predict_batches(network, about, [path for path, _ in pairs])])
-    labels = torch.tensor([label for _, label in pairs])
+    images = join_classes(found, classes, folder)
+    logits = torch.cat([part for _, part in predict_batches(network, about, images.sources)])
+    labels = torch.tensor(images.labels)
     confusion: Tensor = multiclass_confusion_matrix(logits, labels, len(classes))
     per_class = (100 * confusion.diag() / confusion.sum(1).clamp_min(1)).tolist()
     scores = score_logits(logits, labels, "test")
@@ -63,10 +61,9 @@ def format_report(figures: dict[str, Any], classes: list[str]) -> str:
 def export_onnx(network: nn.Module, about: dict[str, Any], path: Path) -> None:
     """Write the evaluated network as ONNX: images (N, C, H, W), normalised as the header says, to logits (N, K)."""
     image = torch.zeros(2, about["in_chans"], about["image_size"], about["image_size"])
-    batch = torch.export.Dim("batch")
     torch.onnx.export(
         network, (image,), str(path), input_names=["images"], output_names=["logits"],
-        dynamic_shapes=({0: batch},), dynamo=True, external_data=False, verbose=False,
+        dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, external_data=False, verbose=False,
     )  # fmt: skip
     print(f"wrote {path}")
 

@@ -75,76 +75,60 @@ def walk_images(folder: Path, left_out: Counter[str], max_megapixels: float | No
                 left_out[f"{path.suffix or 'no ending'}, which Pillow does not open"] += 1
             elif not path.exists():
                 left_out["a broken link"] += 1
-            elif max_megapixels is not None and megapixels(path) > max_megapixels:
+            elif max_megapixels is not None and count_megapixels(path) > max_megapixels:
                 left_out[f"above {max_megapixels:g} megapixels"] += 1
             else:
                 found.append(path)
     return sorted(found, key=lambda path: natural_key(str(path)))
 
 
-def megapixels(path: Path) -> float:
+def count_megapixels(path: Path) -> float:
     """Return the size of an image without decoding it; infinity beyond Pillow's limit."""
     try:
-        with warnings.catch_warnings(action="ignore"), decoding(str(path)), Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             return image.width * image.height / 1e6
-    except RecipeError as error:
-        if isinstance(error.__cause__, Image.DecompressionBombError):
-            return math.inf
-        raise
-
-
-@contextmanager
-def decoding(name: str) -> Iterator[None]:
-    """Name the image that cannot be decoded.
-
-    Raises:
-        RecipeError: Pillow cannot open a missing, truncated, foreign or huge file.
-    """
-    try:
-        yield
-    except RecipeError:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise RecipeError(f"cannot decode the image {name}: {error}; replace or remove it") from error
+    except Image.DecompressionBombError:
+        return math.inf
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RecipeError(f"cannot decode the image {path}: {error}; replace or remove it") from error
 
 
 def read_image(source: Path | bytes | Image.Image, name: str) -> Image.Image:
     """Return an image as a viewer shows it: turned by EXIF, on white where it is transparent, RGB of 8 bits.
 
     Raises:
-        RecipeError: it cannot be decoded, or its numbers have no known scale; names it.
+        RecipeError: it cannot be decoded, is beyond Pillow's limit, or its values have no known scale; names it.
     """
-    with decoding(name):
-        opened = source if isinstance(source, Image.Image) else None
-        if opened is None:
-            opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)  # type: ignore[arg-type]
-        with opened:
-            image = ImageOps.exif_transpose(opened)
+    try:
+        if not isinstance(source, Image.Image):
+            source = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        with source:
+            image = ImageOps.exif_transpose(source)
             if image.mode.startswith("I") or image.mode == "F":
-                image = Image.fromarray(scale_to_bytes(np.asarray(image), image.mode, name))
+                image = Image.fromarray(scale_to_bytes(np.asarray(image), image.mode))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise RecipeError(f"cannot decode the image {name}: {error}; replace or remove it") from error
 
 
-def scale_to_bytes(pixels: Any, mode: str, name: str) -> Any:
+def scale_to_bytes(pixels: Any, mode: str) -> Any:
     """Scale grey values of 16 bits, of 32-bit integers from 0 to 65535, or floats from 0 to 1 to 8 bits.
 
     Raises:
-        RecipeError: the values are on another scale, or not finite.
+        ValueError: the values are on another scale, or not finite.
     """
     low, high = float(pixels.min()), float(pixels.max())
-    if mode == "F":
-        if not 0 <= low <= high <= 1:  # also where one is nan
-            raise RecipeError(f"{name} has floats from {low:g} to {high:g} (mode F); they must be finite, from 0 to 1")
-        return np.rint(pixels * 255).astype(np.uint8)
-    if mode == "I" and not (low >= 0 and (high == 0 or 255 < high <= 65535)):
-        raise RecipeError(f"{name} has 32-bit integers from {low:g} to {high:g} (mode I); expected a scale to 65535")
-    return np.rint(pixels.astype(np.float64) / 257).astype(np.uint8)
+    known = {"F": 0 <= low <= high <= 1, "I": low >= 0 and (high == 0 or 255 < high <= 65535)}  # False for nan
+    if not known.get(mode, True):
+        scale = "finite floats from 0 to 1" if mode == "F" else "32-bit integers on a scale to 65535"
+        raise ValueError(f"it has values from {low:g} to {high:g} (mode {mode}); expected {scale}")
+    return np.rint(pixels.astype(np.float64) * (255 if mode == "F" else 1 / 257)).astype(np.uint8)
 
 
-# --- splits ----------------------------------------------------------------------------------------------------------
+# --- pools -----------------------------------------------------------------------------------------------------------
 
 
 def mix_seeds(*numbers: int) -> np.random.SeedSequence:
@@ -158,11 +142,13 @@ class ImageTensors(Dataset[Sample]):
 
     images: Tensor
     labels: list[int]
-    names: list[str]
+    names: list[str] = field(default_factory=list)  # numbers, unless others are passed
     pad: int = 0
     flip: bool = False
     seed: int | None = None  # None: the images do not vary
-    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        self.names = self.names or [str(number) for number in range(len(self.labels))]
 
     def select(self, indices: Sequence[int], **changes: Any) -> "ImageTensors":
         """Return the images of these indices."""
@@ -204,12 +190,13 @@ class ImageFiles(Dataset[Sample]):
 
     sources: Sequence[Any]  # paths, or whatever `load` takes
     labels: list[int]
-    names: list[str]
+    names: list[str] = field(default_factory=list)  # the paths, unless others are passed
     transform: Callable[[Any], Tensor] | None = None  # PIL image -> uint8 (3, H, W)
     load: Callable[[Any], Path | bytes | Image.Image] = lambda source: source
-    seed: int | None = None
-    epoch: int = 0
-    seeds: list[int] = field(default_factory=list)
+    seed: int | None = None  # None: the images do not vary
+
+    def __post_init__(self) -> None:
+        self.names = self.names or [str(source) for source in self.sources]
 
     def select(self, indices: Sequence[int], **changes: Any) -> "ImageFiles":
         """Return the images of these indices."""
@@ -218,7 +205,7 @@ class ImageFiles(Dataset[Sample]):
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the seed of each image for an epoch."""
-        self.seeds = mix_seeds(self.seed or 0, epoch).generate_state(len(self)).tolist()
+        self.seeds: list[int] = mix_seeds(self.seed or 0, epoch).generate_state(len(self)).tolist()
 
     def __len__(self) -> int:
         return len(self.labels)

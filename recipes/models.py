@@ -2,7 +2,7 @@
 
 import json
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,7 @@ import timm
 import torch
 from safetensors import safe_open
 from settings import RecipeError, suggest
-from timm.data import resolve_data_config
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, resolve_data_config
 from timm.layers.classifier import ClassifierHead
 from timm.models import load_checkpoint, load_state_dict
 from torch import Tensor, nn
@@ -20,13 +19,7 @@ if TYPE_CHECKING:
     from data import ImageData
     from train import Config
 
-# name here: timm's name
-SMALL = {
-    "cifar_resnet18": "resnet18",
-    "cifar_resnet34": "resnet34",
-    "cifar_vgg16": "vgg16",
-    "cifar_vgg16_bn": "vgg16_bn",
-}
+SMALL = {f"cifar_{name}": name for name in ("resnet18", "resnet34", "vgg16", "vgg16_bn")}  # to timm's name
 
 
 def create_model(name: str, **settings: Any) -> nn.Module:
@@ -126,9 +119,9 @@ def read_header(path: Path) -> dict[str, Any]:
 def resolve_preprocessing(config: "Config") -> Preprocessing | None:
     """Return the preprocessing of the weights that training starts from; None where it starts from scratch."""
     kwargs = config.model_kwargs
-    if config.weights is None and not kwargs.get("pretrained") and not kwargs.get("checkpoint_path"):
+    if not (config.weights or kwargs.get("pretrained") or kwargs.get("checkpoint_path")):
         return None
-    about = read_header(Path(config.weights)) if config.weights is not None else {}
+    about = read_header(Path(config.weights)) if config.weights else {}
     name = SMALL.get(config.model, config.model)
     cfg = timm.models.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
     known = (cfg.to_dict() if cfg is not None else {}) | dict(kwargs.get("pretrained_cfg_overlay") or {}) | about
@@ -145,35 +138,29 @@ def load_trained(path: Path, name: str | None = None) -> tuple[nn.Module, dict[s
         name: timm's name of the model, for weights that no run wrote.
 
     Raises:
-        RecipeError: there are no weights, or no one says of which model.
+        RecipeError: there are no weights, or their model is not known.
     """
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise RecipeError(f"{file} does not exist; give the folder of a finished run, or a file of weights")
-    about = read_header(file)
-    if name is None and "model" not in about:
-        raise RecipeError(f"{file} does not say which model it is of; give timm's name, e.g. --model resnet50")
-    if "model" not in about:
-        weights = load_state_dict(str(file), device="cpu", weights_only=True)
-        classifier = str(create_model(str(name)).pretrained_cfg["classifier"])  # type: ignore[index]
-        if f"{classifier}.weight" not in weights:
-            raise RecipeError(f"{file} has no classifier {classifier} of {name}")
-        classes = len(weights[f"{classifier}.weight"])
-        model = create_model(str(name), num_classes=classes)
-        load_checkpoint(model, str(file), weights_only=True)
-        found = resolve_data_config(model=model)
-        labels = [str(index) for index in range(classes)]
-        if classes == 1000:
-            from timm.data import ImageNetInfo
-
-            labels = list(ImageNetInfo().label_descriptions())
-        about = {"model": name, "classes": labels, "image_size": found["input_size"][-1], "in_chans": 3}
-        about |= asdict(Preprocessing(found["mean"], found["std"], found["interpolation"], found["crop_pct"]))
-        return model.eval(), about
-    kwargs = {
-        key: value for key, value in about["model_kwargs"].items() if key not in ("pretrained", "checkpoint_path")
-    }
-    kwargs.pop("pretrained_cfg_overlay", None)
+    about = read_header(file) or describe_weights(file, name)
+    left_out = ("pretrained", "checkpoint_path", "pretrained_cfg_overlay")
+    kwargs = {key: value for key, value in about.get("model_kwargs", {}).items() if key not in left_out}
     model = create_model(about["model"], num_classes=len(about["classes"]), in_chans=about["in_chans"], **kwargs)
     load_checkpoint(model, str(file), weights_only=True)
     return model.eval(), about
+
+
+def describe_weights(file: Path, name: str | None) -> dict[str, Any]:
+    """Return the header that a run would have written for weights of a timm model."""
+    if name is None:
+        raise RecipeError(f"{file} does not say which model it is of; give timm's name, e.g. --model resnet50")
+    model = create_model(name)
+    found, classifier = resolve_data_config(model=model), f"{model.pretrained_cfg['classifier']}.weight"  # type: ignore[index]
+    weights = load_state_dict(str(file), device="cpu", weights_only=True)
+    if classifier not in weights:
+        raise RecipeError(f"{file} has no classifier {classifier} of {name}")
+    classes = len(weights[classifier])
+    labels = ImageNetInfo().label_descriptions() if classes == 1000 else [str(index) for index in range(classes)]
+    about = {"model": name, "classes": list(labels), "image_size": found["input_size"][-1], "in_chans": 3}
+    return about | {key: found[key] for key in ("mean", "std", "interpolation", "crop_pct")}

@@ -21,25 +21,18 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 
-def image_transform(about: dict[str, Any]) -> Any:
-    """Return the preprocessing that the header of the weights describes: PIL image -> (C, H, W)."""
-    size = (about["in_chans"], about["image_size"], about["image_size"])
-    return create_transform(
-        size, interpolation=about["interpolation"], crop_pct=about["crop_pct"], mean=about["mean"], std=about["std"]
-    )
-
-
 @torch.no_grad()
 def predict_batches(
     network: nn.Module, about: dict[str, Any], paths: Sequence[Path], size: int = 32
 ) -> Iterator[tuple[Sequence[Path], Tensor]]:
-    """Yield (paths, logits (N, K)) batch by batch."""
-    transform = image_transform(about)
-    mode = "L" if about["in_chans"] == 1 else "RGB"
+    """Yield (paths, logits (N, K)) batch by batch, preprocessed as the header of the weights describes."""
+    channels, side = about["in_chans"], about["image_size"]
+    options = {key: about[key] for key in ("interpolation", "crop_pct", "mean", "std")}
+    transform: Any = create_transform((channels, side, side), **options)
     for start in range(0, len(paths), size):
         part = paths[start : start + size]
-        images = torch.stack([transform(read_image(path, str(path)).convert(mode)) for path in part])
-        yield part, network(images)
+        images = [read_image(path, str(path)).convert("L" if channels == 1 else "RGB") for path in part]
+        yield part, network(torch.stack([transform(image) for image in images]))
 
 
 def find_paths(given: Sequence[str]) -> list[Path]:

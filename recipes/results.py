@@ -7,21 +7,20 @@ import math
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, broadcast, broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from checkpoint import State, save_tensors, write_atomically, writing
-from data import ImageData, image_batches
+from data import ImageData, evaluation_batches
 from jsonargparse import Namespace
-from settings import RecipeError, make_parser, suggest
+from settings import RecipeError, make_parser
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -91,19 +90,15 @@ class Meter:
         """Return the training columns of metrics.csv; those of pairs are empty for other methods."""
         total = dict(zip(SUMS, (sum(column) for column in zip(*self.state.sums, strict=True)), strict=True))
         count, rows = total["images"], total["rows"]
-        row: Row = {
+        return {
             "train_loss": total["loss"] / count,
             "train_ce": total["cross_entropy"] / count,
             "train_kl": total["divergence"] / rows if rows else None,
             "train_top1": 100 * total["hits"] / count,
+            "train_top1_1": 100 * total["hits_1"] / count if rows else None,
+            "train_top1_2": 100 * total["hits_2"] / count if rows else None,
+            "train_agreement": 100 * total["agreeing"] / rows if rows else None,
         }
-        for name, hits, of in (
-            ("top1_1", "hits_1", count),
-            ("top1_2", "hits_2", count),
-            ("agreement", "agreeing", rows),
-        ):
-            row[f"train_{name}"] = 100 * total[hits] / of if rows else None
-        return row
 
 
 # --- the evaluated network -------------------------------------------------------------------------------------------
@@ -126,7 +121,7 @@ def collect_logits(
     first = accelerator.process_index * share
     indices = [min(index, count - 1) for index in range(first, first + share)]
     logits, labels = [], []
-    for images, targets in image_batches(config, data, data.test, indices, accelerator.device):
+    for images, targets in evaluation_batches(config, data, indices, accelerator.device):
         with accelerator.autocast():
             logits.append(model(images).float())
         labels.append(targets)
@@ -157,7 +152,7 @@ def measure_gap(network: nn.Module, data: ImageData, config: "Config", accelerat
     if accelerator.is_main_process and config.method != "none" and config.gap_images:
         count = min(config.gap_images, len(data.test))
         indices = [position * len(data.test) // count for position in range(count)]  # evenly spaced over the split
-        batches = image_batches(config, data, data.test, indices, accelerator.device)
+        batches = evaluation_batches(config, data, indices, accelerator.device)
         try:
             gap |= train_inference_gap(network, (images for images, _ in batches), config.seed)
         except RBlockError as error:
@@ -207,22 +202,11 @@ def counting_drops(network: nn.Module) -> Iterator[list[int]]:
         counts[0] += int((active & (output == 0)).sum())
         counts[1] += int(active.sum())
 
-    handles = [mask.register_forward_hook(count) for site in describe(network).sites for mask in site.masks]
-    try:
+    with ExitStack() as hooks:
+        for site in describe(network).sites:
+            for mask in site.masks:
+                hooks.enter_context(mask.register_forward_hook(count))
         yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def check_trackers(names: list[str]) -> None:
-    """Refuse a tracker that Accelerate does not know, or whose package is missing, which it would leave out."""
-    known = [name for name in LoggerType.list() if name != "all"]
-    for name in names:
-        if name not in known:
-            raise RecipeError(f"trackers: unknown tracker {name!r}; {suggest(name, known)} Known: {', '.join(known)}")
-        if name not in [str(tracker) for tracker in get_available_trackers()]:
-            raise RecipeError(f"trackers: {name} is not installed; pip install {name}")
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -242,15 +226,15 @@ def format_row(row: Row, epochs: int) -> str:
     )
 
 
-def best_top1(rows: list[Row]) -> float:
+def find_best_top1(rows: list[Row]) -> float:
     """Return the best epoch's top-1 in percent; it was chosen by looking, so the last epoch's is the fairer figure."""
     return max(float(row["test_top1"]) for row in rows)
 
 
-def to_yaml(config: "Config") -> str:
-    """Return the settings as a YAML file that --config reads back; --resume belongs to one launch."""
+def write_config(config: "Config") -> None:
+    """Write the settings as a YAML file that --config reads back; --resume belongs to one launch."""
     values = Namespace(asdict(replace(config, resume=None)))  # type: ignore[no-untyped-call]
-    return str(make_parser(type(config)).dump(values, skip_unset=False))
+    write_text(config, "config.yaml", str(make_parser(type(config)).dump(values, skip_unset=False)))
 
 
 def write_text(config: "Config", name: str, text: str) -> None:
@@ -262,7 +246,7 @@ def write_text(config: "Config", name: str, text: str) -> None:
 
 def write_metrics(config: "Config", rows: list[Row]) -> None:
     """Write one CSV row per epoch: the whole file, so that a resumed run cannot repeat a row."""
-    table = io.StringIO()
+    table = io.StringIO(newline="")
     writer = csv.DictWriter(table, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
@@ -282,7 +266,7 @@ def write_results(config: "Config", data: ImageData, rows: list[Row], planned: i
     """Write metrics.csv and, last of all, result.json: where it exists, the run is complete."""
     last = rows[-1]
     result = {
-        "top1_best": best_top1(rows),
+        "top1_best": find_best_top1(rows),
         "top1_last": last["test_top1"],
         "nll_last": last["test_ce"],
         "ece_last": last["test_ece"],
@@ -303,18 +287,15 @@ def write_results(config: "Config", data: ImageData, rows: list[Row], planned: i
         "device": str(accelerator.device),
         "num_threads": torch.get_num_threads(),
         "config": asdict(replace(config, resume=None)),
-        "versions": versions(),
+        "versions": read_versions(),
     }
     write_metrics(config, rows)  # a run killed right after a checkpoint lacks the last row
     write_text(config, "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that the figures were made with."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "timm", "accelerate", "rblock-fx", "scikit-learn", "safetensors"):
-        try:
-            found[name.replace("-", "_")] = version(name)
-        except PackageNotFoundError:
-            found[name.replace("-", "_")] = "not installed"  # run from a source tree on PYTHONPATH
-    return found
+def read_versions() -> dict[str, str]:
+    """Return the versions that the figures were made with; rblock_fx has none when it runs from its source tree."""
+    installed = {each.name.lower(): each.version for each in distributions()}
+    names = ("torch", "torchvision", "timm", "accelerate", "rblock-fx", "scikit-learn", "safetensors")
+    found = {name.replace("-", "_"): installed.get(name, "not installed") for name in names}
+    return {"python": platform.python_version(), **found}

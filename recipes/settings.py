@@ -13,7 +13,7 @@ from dataclasses import MISSING, field, fields
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, typing
 
 if TYPE_CHECKING:  # the restricted types are made at run time, where no type checker sees them
     PositiveInt = int
@@ -24,21 +24,11 @@ if TYPE_CHECKING:  # the restricted types are made at run time, where no type ch
     ClosedUnitInterval = float
     Share = float
 else:
-    from jsonargparse.typing import (
-        ClosedUnitInterval,
-        NonNegativeFloat,
-        NonNegativeInt,
-        PositiveInt,
-        restricted_number_type,
-    )
-
-    Count = restricted_number_type("Count", int, (">=", 2))
-    PositiveFloat = restricted_number_type("FinitePositiveFloat", float, [(">", 0), ("<", float("inf"))])
-    Share = restricted_number_type("Share", float, [(">=", 0), ("<", 1)])
-
-__all__ = [
-    "ClosedUnitInterval", "Count", "NonNegativeFloat", "NonNegativeInt", "PositiveFloat", "PositiveInt", "Share",
-]  # fmt: skip
+    PositiveInt, NonNegativeInt = typing.PositiveInt, typing.NonNegativeInt
+    NonNegativeFloat, ClosedUnitInterval = typing.NonNegativeFloat, typing.ClosedUnitInterval
+    Count = typing.restricted_number_type("Count", int, (">=", 2))
+    PositiveFloat = typing.restricted_number_type("FinitePositiveFloat", float, [(">", 0), ("<", float("inf"))])
+    Share = typing.restricted_number_type("Share", float, [(">=", 0), ("<", 1)])
 
 
 class RecipeError(ValueError):

@@ -4,7 +4,7 @@
     accelerate launch recipes/train.py --config recipes/configs/digits.yaml --method none --output_dir runs/plain
     torchrun --nproc_per_node 2 recipes/train.py --config recipes/configs/digits.yaml --output_dir runs/two
 
-Settings first, then `train`, the whole run from top to bottom. A run leaves in output_dir: config.yaml, metrics.csv,
+Settings first, then `train`, the whole run from top to bottom. A run writes to output_dir: config.yaml, metrics.csv,
 checkpoint/, best.safetensors and, at the end, model.safetensors (the last epoch's weights under the plain model's
 names) and result.json. SIGINT and SIGTERM let the step finish and save; --resume auto continues from there, or after
 any kill, bit for bit on a CPU.
@@ -24,8 +24,9 @@ from typing import Any, Literal
 import results
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
-from checkpoint import State, adopt_run, claim, load_checkpoint, open_run, save_checkpoint
+from checkpoint import State, adopt_run, load_checkpoint, lock_folder, open_run, save_checkpoint
 from data import count_steps, load_data, train_batches
 from models import build_model
 from results import Meter, Row
@@ -100,7 +101,7 @@ class Config:
     drop_prob: Share = setting(0.2, "share of the activations that the method drops")
     drop_schedule: Literal["constant", "linear"] = setting("constant", "linear: from 0 up to drop_prob over the run")
     block_size: PositiveInt = setting(3, "side of a block in positions of the map; odd")
-    sites: list[int | str] | int | str | None = setting(None, "what is masked, e.g. [layer3, layer4]; null: last two")
+    sites: list[int | str] | int | str | None = setting(None, "stages to mask, e.g. [layer3, layer4]; null: last two")
     calibration: Literal["exact", "eq6", "eq7"] = setting("exact", "block density from drop_prob")
     batch_norm: Literal["joint", "per_submodel"] = setting("joint", "batch statistics over both sub-models' rows")
     alpha: ClosedUnitInterval = setting(0.1, "weight of the KL term between the sub-models")
@@ -194,7 +195,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
     model, optimizer = accelerator.prepare(network, optimizer)
 
     accelerator.wait_for_everyone()  # all have looked at output_dir; now the main process may write there
-    with claim(config.output_dir) if accelerator.is_main_process else nullcontext():
+    with lock_folder(config.output_dir) if accelerator.is_main_process else nullcontext():
         if checkpoint is not None:
             load_checkpoint(accelerator, checkpoint, ema)
             accelerator.print(f"continuing {checkpoint} after epoch {len(state.rows)}, step {state.step}")
@@ -203,7 +204,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
             if checkpoint.resolve().parent != Path(config.output_dir).resolve():
                 adopt_run(accelerator, config, state, checkpoint.parent, ema)
         if accelerator.is_main_process:
-            results.write_text(config, "config.yaml", results.to_yaml(config))
+            results.write_config(config)
         if config.trackers:
             accelerator.init_trackers("rblock-fx")
 
@@ -256,7 +257,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
             row |= dict.fromkeys(("ema_ce", "ema_top1", "ema_ece"))
             if ema is not None:
                 row |= results.score_logits(*results.collect_logits(ema.module, data, config, accelerator), "ema")
-            # what the method costs; the gap, which plain training does without, is not part of it
+            # the cost of the method; plain training measures no gap, so its time is left out
             seconds = state.train_seconds + time.perf_counter() - started
             row |= results.measure_gap(network, data, config, accelerator)
             row["images_per_second"] = round(state.epoch_steps * config.batch_size / state.train_seconds, 1)
@@ -282,14 +283,15 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
             if ema is not None:
                 results.write_weights(config, data, ema.module.state_dict(), "ema.safetensors", rows[-1])
             results.write_results(config, data, rows, config.epochs * steps_per_epoch, accelerator)
-    best = results.best_top1(rows)
+    best = results.find_best_top1(rows)
     accelerator.print(f"top-1 {rows[-1]['test_top1']:.2f} % (best {best:.2f} %), written to {config.output_dir}")
     accelerator.end_training()
 
 
 def start_accelerator(config: Config) -> Accelerator:
     """Return Accelerate, once it is sure that it joined all processes and has what the settings ask for."""
-    results.check_trackers(config.trackers)
+    for name in set(config.trackers) - {str(tracker) for tracker in get_available_trackers()}:
+        raise RecipeError(f"trackers: {name!r} is unknown to Accelerate, or not installed; pip install {name}")
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():  # Accelerate trains in float32 then
         raise RecipeError("mixed_precision fp16 needs a GPU, and there is none; use --mixed_precision bf16 or no")
     try:
@@ -314,7 +316,7 @@ def start_accelerator(config: Config) -> Accelerator:
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     """Return the learning rate of an optimizer step, counted from 0: a resumed run has nothing to restore.
 
-    (timm's multistep falls one update early, and torch's schedulers know nothing of layer decay.)
+    (timm's multistep falls one update early, and torch's schedulers ignore layer decay.)
     """
     total = config.epochs * steps_per_epoch
     warmup = min(config.warmup_epochs * steps_per_epoch, total // 2)

@@ -5,15 +5,14 @@ import json
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import OrderedDict
 from pathlib import Path
 
+import checkpoint
 import models
 import psutil
 import pytest
@@ -47,8 +46,9 @@ from tests.recipe_tools import (
 )
 
 EVERYTHING = [  # whatever carries state from step to step
-    *TINY, "--epochs", "4", "--ema_decay", "0.9", "--mixup", "0.2", "--accumulate_steps", "2", "--opt", "adamw",
-    "--lr", "0.003", "--drop_schedule", "linear", "--clip_grad_norm", "1", "--warmup_epochs", "1",
+    *TINY, "--epochs", "4", "--train_images", "768", "--gap_images", "50", "--ema_decay", "0.9", "--mixup", "0.2",
+    "--accumulate_steps", "2", "--opt", "adamw", "--lr", "0.003", "--drop_schedule", "linear", "--clip_grad_norm", "1",
+    "--warmup_epochs", "1",
 ]  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def wait_for_step(folder: Path, step: int, pid: int) -> None:
 # --- kills and signals -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.nightly), 2])
 def uninterrupted(request, recipe_server, tmp_path_factory) -> tuple[int, Path]:
     """A number of processes, and the run that they make when nothing comes between."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
@@ -80,7 +80,7 @@ def kill_and_resume(times: int, uninterrupted: tuple[int, Path], server, run: Pa
         pids = server.start(processes, *arguments)
         try:
             wait_for_step(run, step_of(run) + 1, pids[0])
-            time.sleep(moments.uniform(0, 0.3))  # into a step, an evaluation, or the writing of a checkpoint
+            time.sleep(moments.uniform(0, 0.9 / times))  # into a step, an evaluation, or the writing of a checkpoint
         finally:
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
@@ -105,8 +105,8 @@ def test_torchrun_passes_a_signal_on_and_the_run_resumes(uninterrupted, recipe_s
     run = tmp_path / "run"
     arguments = [*EVERYTHING, "--output_dir", str(run)]
     if processes == 1:
-        (pid,) = recipe_server.start(1, *arguments, "--checkpoint_steps", str(STEPS + 2))
-        wait_for_step(run, STEPS + 2, pid)
+        (pid,) = recipe_server.start(1, *arguments, "--checkpoint_steps", "8")
+        wait_for_step(run, 8, pid)
         os.kill(pid, signal.SIGINT)
         assert recipe_server.wait() == [0]
         printed = recipe_server.log.read_text()
@@ -118,9 +118,9 @@ def test_torchrun_passes_a_signal_on_and_the_run_resumes(uninterrupted, recipe_s
         wait_for_step(run, 2, process.pid)
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=120)
-    told = re.search(r"stopped at step (\d+) and saved; --resume auto continues from there", printed)
-    assert told, printed
-    assert step_of(run) == int(told[1])
+    stopped = re.search(r"stopped at step (\d+) and saved; --resume auto continues from there", printed)
+    assert stopped, printed
+    assert step_of(run) == int(stopped[1])
     assert not (run / "result.json").exists()
     recipe_server.run(processes, *arguments, "--resume", "auto")
     assert_equal_runs(run, whole)
@@ -136,19 +136,21 @@ def test_each_process_draws_its_own_masks(uninterrupted):
 
 # one step an epoch, so that metrics.csv has the loss of every step; LayerNorm looks at one sample alone
 TRAJECTORY = [
-    *TINY, "--model", "test_convnext", "--model_kwargs", "{}", "--image_size", "32", "--batch_size", "1200",
-    "--epochs", "4", "--drop_prob", "0", "--warmup_epochs", "0", "--lr", "0.02",
+    *TINY, "--model", "test_convnext", "--model_kwargs", "{}", "--image_size", "32", "--train_images", "600",
+    "--batch_size", "600", "--epochs", "3", "--gap_images", "0", "--drop_prob", "0", "--warmup_epochs", "0",
+    "--lr", "0.02",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("way", ["two processes", "accumulated"])
-def test_shared_steps_are_those_of_the_whole_batch(way, recipe_server, tmp_path):
+def test_shared_steps_are_those_of_the_whole_batch(recipe_server, tmp_path):
     recipe_server.run(1, *TRAJECTORY, "--output_dir", str(tmp_path / "whole"))
-    processes, more = (2, []) if way == "two processes" else (1, ["--accumulate_steps", "3"])
-    recipe_server.run(processes, *TRAJECTORY, *more, "--output_dir", str(tmp_path / "parts"))
-    whole, parts = rows_of(tmp_path / "whole"), rows_of(tmp_path / "parts")
-    for name in ("train_loss", "train_ce", "test_ce"):
-        assert [float(row[name]) for row in parts] == pytest.approx([float(row[name]) for row in whole], abs=1e-5)
+    whole = rows_of(tmp_path / "whole")
+    for processes, accumulate in ((2, "1"), (1, "3")):
+        folder = tmp_path / accumulate
+        recipe_server.run(processes, *TRAJECTORY, "--accumulate_steps", accumulate, "--output_dir", str(folder))
+        for name in ("train_loss", "train_ce", "test_ce"):
+            expected = pytest.approx([float(row[name]) for row in whole], abs=1e-5)
+            assert [float(row[name]) for row in rows_of(folder)] == expected
     assert float(whole[-1]["train_loss"]) < float(whole[0]["train_loss"]) - 0.02  # it does train
 
 
@@ -181,14 +183,14 @@ def test_processes_and_resumed_epochs_share_one_order():
 
 
 def test_max_steps_ends_a_run_that_can_continue(in_process, tmp_path):
-    steps = STEPS + 4
-    arguments = ["--epochs", "3", "--output_dir", str(tmp_path / "run")]
+    steps = 4 + 2
+    arguments = ["--epochs", "2", "--train_images", "512", "--output_dir", str(tmp_path / "run")]
     in_process(*arguments, "--max_steps", str(steps))
     result = result_of(tmp_path / "run")
     assert (result["steps"], result["stopped_early"], result["images_seen"]) == (steps, True, steps * 128)
-    assert [int(row["step"]) for row in rows_of(tmp_path / "run")] == [STEPS, steps]
+    assert [int(row["step"]) for row in rows_of(tmp_path / "run")] == [4, steps]
     in_process(*arguments, "--resume", "auto")
-    in_process("--epochs", "3", "--output_dir", str(tmp_path / "whole"))
+    in_process("--epochs", "2", "--train_images", "512", "--output_dir", str(tmp_path / "whole"))
     assert_equal_runs(tmp_path / "run", tmp_path / "whole")
     assert result_of(tmp_path / "run")["stopped_early"] is False
 
@@ -272,12 +274,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, two_epochs, in_p
 
 def edit_state(run: Path, **changes: object) -> None:
     """Write another state.json as if the run had written it."""
-    import checkpoint
-
     for folder in (run / "checkpoint", run / "checkpoint.previous"):
         saved = json.loads((folder / "state.json").read_text())
         (folder / "state.json").write_text(json.dumps(saved | changes))
-        (folder / "checksums.json").write_text(json.dumps(checkpoint.checksums(folder)))
+        (folder / "checksums.json").write_text(json.dumps(checkpoint.compute_checksums(folder)))
 
 
 SPOILED = [
@@ -389,23 +389,6 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_whole(there, recipe_server, 
     assert ("continue with --resume auto" in line) == bool(whole)
 
 
-@pytest.mark.nightly
-def test_a_small_file_system_fills_up(tmp_path):
-    """With room for two checkpoints of 3,000 KiB and not for the rest; where nothing can be mounted it is skipped."""
-    unshared = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
-    folder, after = tmp_path / "small" / "run", tmp_path / "after"
-    folder.parent.mkdir()
-    mount = f"mount -t tmpfs -o size=5000k tmpfs {folder.parent}"
-    if subprocess.run([*unshared, mount], capture_output=True, check=False).returncode != 0:
-        pytest.skip("nothing can be mounted here")
-    command = shlex.join([sys.executable, *SCRIPT, *SHORT, "--output_dir", str(folder)])
-    script = f"{mount}; {command}; rc=$?; cp -r {folder} {after}; exit $rc"
-    done = subprocess.run([*unshared, script], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert re.match(r"error: cannot write to output_dir .*small.*MiB free there.*--resume auto\n$", done.stderr)
-    assert step_of(after) == STEPS
-
-
 # --- optimisation ----------------------------------------------------------------------------------------------------
 
 
@@ -441,11 +424,11 @@ def test_layer_decay_scales_the_learning_rate_by_depth(in_process, tmp_path, mon
 
 
 def test_the_linear_scheme_rises_and_is_measured(in_process, tmp_path):
-    in_process("--epochs", "4", "--drop_prob", "0.4", "--drop_schedule", "linear", "--output_dir", str(tmp_path / "r"))
+    in_process("--epochs", "2", "--drop_prob", "0.4", "--drop_schedule", "linear", "--output_dir", str(tmp_path / "r"))
     rows = rows_of(tmp_path / "r")
-    assert [float(row["drop_prob"]) for row in rows] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert [float(row["drop_prob"]) for row in rows] == pytest.approx([0.2, 0.4])
     # a sub-model of bdropdml loses half of it
-    assert [float(row["drop_rate"]) for row in rows] == pytest.approx([0.05, 0.1, 0.15, 0.2], abs=0.02)
+    assert [float(row["drop_rate"]) for row in rows] == pytest.approx([0.1, 0.2], abs=0.02)
 
 
 def test_a_clipped_gradient_bounds_the_step(in_process, tmp_path):
@@ -566,7 +549,9 @@ def test_the_gap_leaves_statistics_of_batch_norm_alone():
 
 def test_measuring_the_gap_changes_nothing(in_process, tmp_path):
     for images in ("0", "100"):
-        in_process("--epochs", "2", "--gap_images", images, "--output_dir", str(tmp_path / images))
+        in_process(
+            "--epochs", "2", "--train_images", "512", "--gap_images", images, "--output_dir", str(tmp_path / images)
+        )
     without, with_gap = timeless(rows_of(tmp_path / "0")), timeless(rows_of(tmp_path / "100"))
     measured = ("gap_kl", "gap_agreement", "drop_rate")
     assert all(float(row["gap_kl"]) > 0 for row in with_gap)
@@ -585,7 +570,7 @@ def test_scores_follow_their_definitions():
 
 
 def test_the_terms_of_a_row_make_its_loss(in_process, tmp_path):
-    in_process("--combine", "sum", "--epochs", "3", "--output_dir", str(tmp_path / "run"))
+    in_process("--combine", "sum", "--epochs", "2", "--output_dir", str(tmp_path / "run"))
     for row in rows_of(tmp_path / "run"):
         both = (float(row["train_top1_1"]) + float(row["train_top1_2"])) / 2
         assert float(row["train_top1"]) == pytest.approx(both)
