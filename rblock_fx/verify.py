@@ -133,6 +133,10 @@ def _compare(output: Any, expected: Any, parts: int, tolerance: float, where: st
         )
     largest = 0.0
     for tensor, other in zip(got, wanted, strict=True):
+        if not other.isfinite().all():
+            raise VerificationError(
+                f"verify: the plain network returns values that are not finite in {where}; check weights and images"
+            )
         for number, part in enumerate(tensor.chunk(parts)):
             if tolerance == 0 and torch.equal(part, other):
                 continue
