@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import yaml
 from scipy import stats
+from settings import RecipeError
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
-from study import FREE, Column, Row, Run, Settings, StudyError, Table, differences, make_table
+from study import FREE, Column, Row, Run, Settings, Table, differences, make_table
 
 NUMBERS = ("top1_best", "top1_last", "epochs", "seed", "wall_time_seconds", "num_processes")
 CHECKPOINTS = ("checkpoint", "checkpoint.previous")
@@ -40,7 +41,7 @@ def inspect_run(folder: Path, settings: Settings) -> Found:
         settings: what is asked for, with num_processes unless any number will do.
 
     Raises:
-        StudyError: another experiment lies there, finished or not; names the settings that differ.
+        RecipeError: another experiment lies there, finished or not; names the settings that differ.
     """
     if not folder.exists() or not any(folder.iterdir()):
         return Found("to do")
@@ -51,7 +52,7 @@ def inspect_run(folder: Path, settings: Settings) -> Found:
             processes = {"num_processes": result["num_processes"]}
             refuse_other(folder, result["config"] | processes, processes | settings)
             return Found("done", "", result, read_metrics(folder, result))
-    except StudyError:
+    except RecipeError:
         raise
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split())
@@ -68,15 +69,15 @@ def inspect_run(folder: Path, settings: Settings) -> Found:
 
 
 def inspect_all(runs: list[Run]) -> list[Found]:
-    """Look at every run's folder; raises StudyError naming every folder that holds another experiment."""
+    """Look at every run's folder; raises RecipeError naming every folder that holds another experiment."""
     found, problems = [], []
     for run in runs:
         try:
             found.append(inspect_run(run.folder, run.settings))
-        except StudyError as error:
+        except RecipeError as error:
             problems.append(str(error))
     if problems:
-        raise StudyError(" | ".join(problems))
+        raise RecipeError(" | ".join(problems))
     return found
 
 
@@ -104,17 +105,17 @@ def read_metrics(folder: Path, result: dict[str, Any]) -> pd.DataFrame:
 
 
 def refuse_other(folder: Path, before: Settings, now: Settings) -> None:
-    """Raise StudyError if two runs have other settings, rather than count or overwrite another experiment."""
+    """Raise RecipeError if two runs have other settings, rather than count or overwrite another experiment."""
     changed = differences(before, now)
     if changed:
-        raise StudyError(
+        raise RecipeError(
             f"{folder} holds a run with other settings: {', '.join(changed)}; choose another folder with --output_dir, "
             f"or move that run away: mv {folder} {folder}.other"
         )
 
 
 def refuse_other_sweep(path: Path, record: dict[str, Any]) -> None:
-    """Refuse to turn a folder's sweep into another one (StudyError); it may grow by seeds, rows and columns."""
+    """Refuse to turn a folder's sweep into another one (RecipeError); it may grow by seeds, rows and columns."""
     if not path.exists():
         return
     try:
@@ -127,11 +128,11 @@ def refuse_other_sweep(path: Path, record: dict[str, Any]) -> None:
                 lost += [f"{column}/{row}"] if now is None else []
                 lost += [f"{column}/{row} with other settings: {', '.join(changed)}"] if changed else []
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise StudyError(
+        raise RecipeError(
             f"{path} cannot be read ({type(error).__name__}); move it away: mv {path} {path}.old"
         ) from error
     if lost:
-        raise StudyError(
+        raise RecipeError(
             f"{path.parent} holds a sweep that this one does not contain: {'; '.join(lost)}. "
             f"Choose another --output_dir, or go on with that one: {before.get('command', f'see {path}')}"
         )
@@ -163,7 +164,7 @@ class Study:
 
 
 def collect_study(folder: Path) -> Study:
-    """Read a sweep's output_dir, or any folder of runs; raises StudyError if there is nothing to report on."""
+    """Read a sweep's output_dir, or any folder of runs; raises RecipeError if there is nothing to report on."""
     path = folder / "sweep.yaml"
     if not path.exists():
         return collect_loose(folder)
@@ -174,7 +175,7 @@ def collect_study(folder: Path) -> Study:
         words = shlex.split(record["command"])
         words[words.index("--output_dir") + 1] = str(folder)  # where the runs are now
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StudyError(f"{path} cannot be read: {type(error).__name__}: {error}; run the sweep again") from error
+        raise RecipeError(f"{path} cannot be read: {type(error).__name__}: {error}; run the sweep again") from error
     places = [(*cell, seed, Path(folder, *cell, f"seed{seed}")) for cell in cells for seed in table.seeds]
     return Study(table, cells, *read_runs(places, cells), shlex.join(words))
 
@@ -187,7 +188,7 @@ def collect_loose(folder: Path) -> Study:
             result, config = path / "result.json", path / "config.yaml"
             found[path] = read_result(result)["config"] if result.exists() else dict(yaml.safe_load(config.read_text()))
     if not found:
-        raise StudyError(f"{folder} holds no sweep.yaml and no run; expected a sweep's output_dir")
+        raise RecipeError(f"{folder} holds no sweep.yaml and no run; expected a sweep's output_dir")
     keys = dict.fromkeys(key for settings in found.values() for key in settings if key not in FREE | {"seed"})
     varying = [key for key in keys if len({json.dumps(settings.get(key)) for settings in found.values()}) > 1]
 
@@ -203,7 +204,7 @@ def collect_loose(folder: Path) -> Study:
         places.append((column, row, int(settings["seed"]), path))
         cells[column, row] = settings
     if len({place[:3] for place in places}) < len(places):
-        raise StudyError(f"two folders in {folder} hold the same run; move one of them away")
+        raise RecipeError(f"two folders in {folder} hold the same run; move one of them away")
     rows = sorted(dict.fromkeys(row for _, row in cells), key=lambda row: not row.startswith("none"))
     plain = [row for row in rows if row.startswith("none")]
     table = Table(
@@ -223,7 +224,7 @@ def read_runs(places: list[Place], cells: dict[tuple[str, str], Settings]) -> tu
     for column, row, seed, folder in places:
         try:
             found = inspect_run(folder, cells[column, row] | {"seed": seed})
-        except StudyError as error:
+        except RecipeError as error:
             found = Found("broken", str(error))
         place = {"column": column, "row": row, "seed": seed}
         last = found.metrics.iloc[-1].to_dict() if found.state == "done" else {}

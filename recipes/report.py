@@ -26,7 +26,7 @@ from jsonargparse import ArgumentParser
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from study import StudyError, exit_with
+from settings import RecipeError, exit_with
 
 LABELS = {
     "top1_last": "top-1, last epoch (%)", "top1_best": "top-1, best epoch (%)", "test_top1": "test top-1 (%)",
@@ -47,12 +47,12 @@ def main() -> None:
     try:
         options = parser.parse_args(sys.argv[1:])
         print(write_report(Path(options.runs), Path(options.output or Path(options.runs, "report"))))
-    except (StudyError, ArgumentError) as error:
+    except (RecipeError, ArgumentError) as error:
         exit_with(error)
 
 
 def write_report(folder: Path, output: Path) -> Path:
-    """Write the page and the CSV files and return the page's path; raises StudyError if it cannot."""
+    """Write the page and the CSV files and return the page's path; raises RecipeError if it cannot."""
     study = collect_study(folder)
     comparisons = compare_primary(study)
     template = jinja2.Environment(
@@ -75,7 +75,7 @@ def write_report(folder: Path, output: Path) -> Path:
         (output / "report.html.tmp").write_text(page, encoding="utf-8")
         (output / "report.html.tmp").replace(output / "report.html")
     except OSError as error:
-        raise StudyError(f"cannot write the report to {output}: {error.strerror}") from error
+        raise RecipeError(f"cannot write the report to {output}: {error.strerror}") from error
     return output / "report.html"
 
 

@@ -22,6 +22,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from settings import RecipeError
 
 from tests.recipe_folders import CONFIG, write_run, write_table
 
@@ -323,14 +324,14 @@ def test_a_folder_of_runs_is_grouped_by_what_differs(tmp_path):
 def test_what_cannot_be_reported_on_is_one_error(tmp_path, monkeypatch, capsys):
     folder = loose_runs(tmp_path / "loose")
     write_run(folder / "again", json.loads((folder / "none0" / "result.json").read_text())["config"], [1.0])
-    with pytest.raises(study.StudyError, match=r"two folders in .*loose hold the same run"):
+    with pytest.raises(RecipeError, match=r"two folders in .*loose hold the same run"):
         findings.collect_study(folder)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "sweep.yaml").write_text("table: 3")
-    with pytest.raises(study.StudyError, match=r"sweep\.yaml cannot be read: .*; run the sweep again"):
+    with pytest.raises(RecipeError, match=r"sweep\.yaml cannot be read: .*; run the sweep again"):
         findings.collect_study(tmp_path / "bad")
     (tmp_path / "file").write_text("")
-    with pytest.raises(study.StudyError, match=r"cannot write the report to .*file/report: Not a directory"):
+    with pytest.raises(RecipeError, match=r"cannot write the report to .*file/report: Not a directory"):
         report.write_report(loose_runs(tmp_path / "more"), tmp_path / "file" / "report")
     for words, message in (
         ([str(tmp_path / "none")], "holds no sweep.yaml and no run"),
