@@ -45,27 +45,25 @@ def inspect_run(folder: Path, settings: Settings) -> Found:
     """
     if not folder.exists() or not any(folder.iterdir()):
         return Found("to do")
-    why = ""
+    found = Found("to resume" if any((folder / name).exists() for name in CHECKPOINTS) else "to do")
+    before: Settings = {}
     try:
         if (folder / "result.json").exists():
-            result = read_result(folder / "result.json")
-            processes = {"num_processes": result["num_processes"]}
-            refuse_other(folder, result["config"] | processes, processes | settings)
-            return Found("done", "", result, read_metrics(folder, result))
-    except RecipeError:
-        raise
-    except (OSError, ValueError) as error:
-        why = " ".join(str(error).split())
+            found = Found("done", "", *read_finished(folder))
+            before = found.result["config"] | {"num_processes": found.result["num_processes"]}
+    except (OSError, ValueError, TypeError) as error:
+        found = Found("broken", " ".join(str(error).split()))
     try:
-        if (folder / "config.yaml").exists():
-            before = yaml.safe_load((folder / "config.yaml").read_text())
-            processes = {key: value for key, value in settings.items() if key == "num_processes"}
-            refuse_other(folder, json.loads(json.dumps(dict(before))) | processes, settings)
-    except (OSError, yaml.YAMLError, TypeError) as error:
-        why = why or f"config.yaml: {' '.join(str(error).split())}"
-    if why:
-        return Found("broken", why)
-    return Found("to resume" if any((folder / name).exists() for name in CHECKPOINTS) else "to do")
+        if not before and (folder / "config.yaml").exists():
+            before = {"num_processes": settings.get("num_processes")} | read_config(folder)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        found = Found("broken", found.why or f"config.yaml: {' '.join(str(error).split())}")
+    if before and (changed := differences(before, {"num_processes": before["num_processes"]} | settings)):
+        raise RecipeError(
+            f"{folder} holds a run with other settings: {', '.join(changed)}; choose another folder with --output_dir, "
+            f"or move that run away: mv {folder} {folder}.other"
+        )
+    return found
 
 
 def inspect_all(runs: list[Run]) -> list[Found]:
@@ -81,37 +79,26 @@ def inspect_all(runs: list[Run]) -> list[Found]:
     return found
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """Read a result.json; raises ValueError if a key that every finished run writes is missing or has another type."""
-    result = json.loads(path.read_text())
-    if not isinstance(result, dict):
-        raise ValueError(f"{path.name} does not hold a mapping")
+def read_config(folder: Path) -> Settings:
+    """Read the settings that a run began with, as JSON values."""
+    settings: Settings = json.loads(json.dumps(dict(yaml.safe_load((folder / "config.yaml").read_text()))))
+    return settings
+
+
+def read_finished(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Read result.json and metrics.csv; raises ValueError unless they are whole and made from each other."""
+    result = dict(json.loads((folder / "result.json").read_text()))
     wrong = [key for key in NUMBERS if type(result.get(key)) not in (int, float) or not math.isfinite(result[key])]
     wrong += [key for key in ("config", "versions") if not isinstance(result.get(key), dict)]
     if wrong:
-        raise ValueError(f"{path.name}: {', '.join(f'{key} is {result.get(key)!r}' for key in wrong)}")
-    return result
-
-
-def read_metrics(folder: Path, result: dict[str, Any]) -> pd.DataFrame:
-    """Read metrics.csv; raises ValueError if a cell is not a number, or if result.json was not made from it."""
+        raise ValueError(f"result.json: {', '.join(f'{key} is {result.get(key)!r}' for key in wrong)}")
     metrics = pd.read_csv(folder / "metrics.csv", dtype=float)
     if len(metrics) != result["epochs"] or "test_top1" not in metrics:
         raise ValueError(f"metrics.csv has {len(metrics)} rows of top-1 and result.json has {result['epochs']} epochs")
     for name, values in (("top1_best", metrics["test_top1"]), ("top1_last", metrics["test_top1"].tail(1))):
         if not np.isclose(values, result[name], rtol=1e-9, atol=0).any():
             raise ValueError(f"{name} is {result[name]} in result.json and {values.max()} in metrics.csv")
-    return metrics
-
-
-def refuse_other(folder: Path, before: Settings, now: Settings) -> None:
-    """Raise RecipeError if two runs have other settings, rather than count or overwrite another experiment."""
-    changed = differences(before, now)
-    if changed:
-        raise RecipeError(
-            f"{folder} holds a run with other settings: {', '.join(changed)}; choose another folder with --output_dir, "
-            f"or move that run away: mv {folder} {folder}.other"
-        )
+    return result, metrics
 
 
 def refuse_other_sweep(path: Path, record: dict[str, Any]) -> None:
@@ -183,26 +170,20 @@ def collect_study(folder: Path) -> Study:
 def collect_loose(folder: Path) -> Study:
     """Read runs that no sweep made; columns are data and model, rows are named by the settings in which they differ."""
     found: dict[Path, Settings] = {}
-    for path in sorted({path.parent for name in ("config.yaml", "result.json") for path in folder.rglob(name)}):
+    for path in sorted(folder.rglob("config.yaml")):
         with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):
-            result, config = path / "result.json", path / "config.yaml"
-            found[path] = read_result(result)["config"] if result.exists() else dict(yaml.safe_load(config.read_text()))
+            found[path.parent] = read_config(path.parent)
     if not found:
         raise RecipeError(f"{folder} holds no sweep.yaml and no run; expected a sweep's output_dir")
-    keys = dict.fromkeys(key for settings in found.values() for key in settings if key not in FREE | {"seed"})
-    varying = [key for key in keys if len({json.dumps(settings.get(key)) for settings in found.values()}) > 1]
-
-    def name(settings: Settings, lead: tuple[str, ...], others: list[str]) -> str:
-        return "-".join([*(str(settings.get(k)) for k in lead), *(f"{k}={settings.get(k)}" for k in others)])
-
+    frame = pd.DataFrame([{key: json.dumps(value) for key, value in settings.items()} for settings in found.values()])
+    varying = [key for key in frame if key not in FREE | {"seed"} and frame[key].nunique(dropna=False) > 1]
     places, cells = [], {}
     for path, settings in found.items():
-        column = name(settings, ("dataset", "model"), [k for k in varying if k in DATA_SETTINGS])
-        row = name(
-            settings, ("method",), [k for k in varying if k not in (*DATA_SETTINGS, "dataset", "model", "method")]
-        )
-        places.append((column, row, int(settings["seed"]), path))
-        cells[column, row] = settings
+        own = {key: f"{key}={settings.get(key)}" for key in varying if key not in ("dataset", "model", "method")}
+        column = [settings["dataset"], settings["model"], *(own[key] for key in own if key in DATA_SETTINGS)]
+        row = [settings["method"], *(own[key] for key in own if key not in DATA_SETTINGS)]
+        places.append(("-".join(column), "-".join(row), int(settings["seed"]), path))
+        cells[places[-1][:2]] = settings
     if len({place[:3] for place in places}) < len(places):
         raise RecipeError(f"two folders in {folder} hold the same run; move one of them away")
     rows = sorted(dict.fromkeys(row for _, row in cells), key=lambda row: not row.startswith("none"))

@@ -49,6 +49,7 @@ def write_run(folder: Path, config: dict, top1: Sequence[float], **changes: obje
     """A finished run; changes replace keys of result.json. Returns what result.json holds."""
     folder.mkdir(parents=True)
     sparse = bool(changes.pop("sparse", False))
+    (folder / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in config.items() if k != "num_processes"}))
     (folder / "metrics.csv").write_text(metrics_text(top1, config["method"] != "none", sparse))
     result = {
         "top1_best": max(top1), "top1_last": top1[-1], "epochs": len(top1), "seed": config["seed"],

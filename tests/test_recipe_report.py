@@ -272,7 +272,7 @@ def assert_self_contained(path, pictures):
 def test_the_page_needs_nothing_else(tmp_path):
     folder = make_sweep(tmp_path)
     path = report.write_report(folder, folder / "report")
-    page = assert_self_contained(path, pictures=5)
+    page = assert_self_contained(path, pictures=4)
     assert "small" not in page.tags  # the title's <small> is text
     assert "<h1>A &lt;small&gt; table</h1>" in path.read_text()
     assert sorted(file.name for file in path.parent.iterdir()) == ["comparisons.csv", "report.html", "runs.csv"]
@@ -283,7 +283,7 @@ def test_the_page_needs_nothing_else(tmp_path):
 
 def test_columns_that_no_run_wrote_have_no_picture(tmp_path):
     folder = make_sweep(tmp_path, sparse=True)
-    assert_self_contained(report.write_report(folder, folder / "report"), pictures=3)
+    assert_self_contained(report.write_report(folder, folder / "report"), pictures=2)
 
 
 def loose_runs(folder):
@@ -318,7 +318,7 @@ def test_a_folder_of_runs_is_grouped_by_what_differs(tmp_path):
         "bdropdml-alpha=0.3": ["done"] * 2, "bdropdml-alpha=0.5": ["done"] * 2,
     }  # fmt: skip
     assert {row.name: row.against for row in found.table.rows}["bdropdml-alpha=0.3"] == ["none-alpha=0.1"]
-    assert_self_contained(report.write_report(folder, folder / "report"), pictures=5)
+    assert_self_contained(report.write_report(folder, folder / "report"), pictures=4)
 
 
 def test_what_cannot_be_reported_on_is_one_error(tmp_path, monkeypatch, capsys):

@@ -248,7 +248,7 @@ def edit(path, **changes):
 
 BROKEN = {
     "truncated": (lambda folder: (folder / "result.json").write_text('{"top1_best"'), "Expecting"),
-    "not a mapping": (lambda folder: (folder / "result.json").write_text("[]"), "does not hold a mapping"),
+    "not a mapping": (lambda folder: (folder / "result.json").write_text("[]"), "top1_best is None"),
     "no number": (lambda folder: edit(folder / "result.json", top1_best=float("nan")), "top1_best is nan"),
     "a string": (lambda folder: edit(folder / "result.json", wall_time_seconds="2"), "wall_time_seconds is '2'"),
     "no config": (lambda folder: edit(folder / "result.json", config=1), "config is 1"),
