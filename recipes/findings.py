@@ -102,18 +102,14 @@ def read_finished(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
 
 
 def refuse_other_sweep(path: Path, record: dict[str, Any]) -> None:
-    """Refuse to turn a folder's sweep into another one (RecipeError); it may grow by seeds, rows and columns."""
+    """Refuse a sweep without a folder's seeds, rows and columns (RecipeError); `inspect_all` compares the settings."""
     if not path.exists():
         return
     try:
         before = yaml.safe_load(path.read_text())
         lost = [f"seed {seed}" for seed in before["table"]["seeds"] if seed not in record["table"]["seeds"]]
-        for column, rows in before["cells"].items():
-            for row, settings in rows.items():
-                now = record["cells"].get(column, {}).get(row)
-                changed = [] if now is None else differences(settings, now)
-                lost += [f"{column}/{row}"] if now is None else []
-                lost += [f"{column}/{row} with other settings: {', '.join(changed)}"] if changed else []
+        lost += [f"{c}/{r}" for c, rows in before["cells"].items() for r in rows if r not in record["cells"].get(c, {})]
+        command = before["command"]
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(
             f"{path} cannot be read ({type(error).__name__}); move it away: mv {path} {path}.old"
@@ -121,7 +117,7 @@ def refuse_other_sweep(path: Path, record: dict[str, Any]) -> None:
     if lost:
         raise RecipeError(
             f"{path.parent} holds a sweep that this one does not contain: {'; '.join(lost)}. "
-            f"Choose another --output_dir, or go on with that one: {before.get('command', f'see {path}')}"
+            f"Choose another --output_dir, or go on with that one: {command}"
         )
 
 

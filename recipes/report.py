@@ -66,6 +66,7 @@ def write_report(folder: Path, output: Path) -> Path:
         done=int(done.sum()), seeds=study.table.seeds, sentences=list(sentences(study, comparisons)),
         missing=missing_table(study), command=study.command, glance=glance_table(study),
         parts={column.name: column_part(study, comparisons, column.name) for column in study.table.columns},
+        pictures={column.name: list(draw_pictures(study, column.name)) for column in study.table.columns},
         shared=shared, own=own, versions=versions(study),
     )  # fmt: skip
     try:
@@ -176,7 +177,6 @@ def column_part(study: Study, comparisons: pd.DataFrame, column: str) -> dict[st
     return {
         "measures": pd.DataFrame(lines), "costs": pd.DataFrame(costs), "stages": stages_table(study, column),
         "tests": tests_table(comparisons[comparisons["column"] == column]),
-        "pictures": list(draw_pictures(study, column)),
     }  # fmt: skip
 
 
@@ -223,13 +223,10 @@ def shared_settings(study: Study) -> tuple[str, pd.DataFrame | None]:
 
 
 def versions(study: Study) -> str:
-    """Return each version and device that the runs were made with, and by how many if not by all."""
-    done = study.runs[study.runs["state"] == "done"]
-    if done.empty:
-        return "No run is finished."
-    named = [run["versions"] | {"device": run.get("device")} for run in done.to_dict("records")]
-    counts = Counter(f"{name} {value}" for run in named for name, value in run.items())
-    return ", ".join(text if n == len(named) else f"{text} ({n} of {len(named)} runs)" for text, n in counts.items())
+    """Return each version and device that the runs were made with, and by how many."""
+    done = study.runs[study.runs["state"] == "done"].to_dict("records")
+    named = [f"{k} {v}" for run in done for k, v in (run["versions"] | {"device": run.get("device")}).items()]
+    return ", ".join(f"{text} ({n} runs)" for text, n in Counter(named).items()) or "No run is finished."
 
 
 def draw_pictures(study: Study, column: str) -> Iterator[tuple[str, str]]:
@@ -237,10 +234,7 @@ def draw_pictures(study: Study, column: str) -> Iterator[tuple[str, str]]:
     name = label(study.table.measures[0])
     drawn = draw_means(study, column)
     if drawn:
-        yield (
-            drawn,
-            f"{name[0].upper()}{name[1:]} by method: dots are seeds, bars their mean, lines its 95 % t interval.",
-        )
+        yield drawn, f"By method, {name}: dots are seeds, bars their mean, lines its 95 % t interval."
     for x, y, best, text in (
         ("epoch", "test_top1", False, "Test top-1 over the epochs"),
         ("wall_seconds", "test_top1", True, "Best test top-1 so far against wall time: compare methods at one cost"),

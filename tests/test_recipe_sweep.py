@@ -318,10 +318,6 @@ def test_a_sweep_may_grow_and_not_change(tmp_path, monkeypatch, capsys):
         sweep.sweep(options(path, "--seeds", "[1,2]"))
     with pytest.raises(RecipeError, match=r"does not contain: digits/C-DropBlock"):
         sweep.sweep(options(write_table(path, rows=rows[:3]), "--seeds", "[0,1]"))
-    (tmp_path / "begun").mkdir()  # no run has begun here
-    (tmp_path / "begun" / "sweep.yaml").write_text((tmp_path / "t" / "sweep.yaml").read_text())
-    with pytest.raises(RecipeError, match=r"digits/plain with other settings: lr \(there .*, asked 0\.3\)"):
-        sweep.sweep(options(write_table(path), "--output_dir", str(tmp_path / "begun"), "--", "--lr", "0.3"))
     (tmp_path / "t" / "sweep.yaml").write_text("table: [")
     with pytest.raises(RecipeError, match=r"sweep\.yaml cannot be read .*mv "):
         sweep.sweep(options(path, "--seeds", "[0,1]"))
@@ -408,7 +404,7 @@ def test_an_unusable_folder_is_set_aside_once_and_kept(tmp_path, monkeypatch, ca
     assert "the old files are in seed0.unusable2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)])
 def test_a_signal_lets_the_runs_save(tmp_path, number):
     """The real command in a process of its own; SIGINT reaches the training process, which writes and ends."""
     path = write_table(tmp_path / "t.yaml")
