@@ -168,7 +168,9 @@ def collect_loose(folder: Path) -> Study:
     found: dict[Path, Settings] = {}
     for path in sorted(folder.rglob("config.yaml")):
         with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):
-            found[path.parent] = read_config(path.parent)
+            settings = read_config(path.parent)
+            if {"dataset", "model", "method", "seed"} <= settings.keys():  # another tool's config.yaml has others
+                found[path.parent] = settings
     if not found:
         raise RecipeError(f"{folder} holds no sweep.yaml and no run; expected a sweep's output_dir")
     frame = pd.DataFrame([{key: json.dumps(value) for key, value in settings.items()} for settings in found.values()])

@@ -303,6 +303,7 @@ def test_a_folder_of_runs_is_grouped_by_what_differs(tmp_path):
     settings = json.loads((folder / "none0" / "result.json").read_text())["config"]
     (folder / "started").mkdir()
     (folder / "started" / "config.yaml").write_text(yaml.safe_dump(settings | {"seed": 2}))
+    (folder / "config.yaml").write_text("model: not a run of ours")
     found = findings.collect_study(folder)
     assert found.runs.groupby("row")["state"].apply(list).to_dict() == {
         "none-alpha=0.1": ["done", "done", "to do"],
