@@ -116,8 +116,9 @@ def sentences(study: Study, comparisons: pd.DataFrame) -> Iterator[tuple[str, st
         where = f" on {one.column}" if len(study.table.columns) > 1 else ""
         pair, places = f"{one.row}{where}", digits(one.measure)
         if math.isnan(one.holm):
-            why = "no common seed is finished" if one.seeds == 0 else f"{one.seeds} common seeds without spread" if (
-                one.seeds > 1) else f"one common seed, difference {one.difference:+.{places}f}"  # fmt: skip
+            why = f"{one.seeds} common seeds without spread"
+            if one.seeds < 2:
+                why = f"one common seed, difference {one.difference:+.{places}f}" if one.seeds else "no common seed"
             yield "untested", f"{pair} cannot be tested against {one.against}: {why}."
             continue
         gain = -one.difference if lower_is_better(one.measure) else one.difference
