@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import yaml
 from scipy import stats
+from settings import RecipeError
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
-from study import FREE, Column, Row, Run, Settings, StudyError, Table, differences, make_table
+from study import FREE, Column, Row, Run, Settings, Table, differences, make_table
 
 NUMBERS = ("top1_best", "top1_last", "epochs", "seed", "wall_time_seconds", "num_processes")
 CHECKPOINTS = ("checkpoint", "checkpoint.previous")
@@ -40,100 +41,83 @@ def inspect_run(folder: Path, settings: Settings) -> Found:
         settings: what is asked for, with num_processes unless any number will do.
 
     Raises:
-        StudyError: another experiment lies there, finished or not; names the settings that differ.
+        RecipeError: another experiment lies there, finished or not; names the settings that differ.
     """
     if not folder.exists() or not any(folder.iterdir()):
         return Found("to do")
-    why = ""
+    found = Found("to resume" if any((folder / name).exists() for name in CHECKPOINTS) else "to do")
+    before: Settings = {}
     try:
         if (folder / "result.json").exists():
-            result = read_result(folder / "result.json")
-            processes = {"num_processes": result["num_processes"]}
-            refuse_other(folder, result["config"] | processes, processes | settings)
-            return Found("done", "", result, read_metrics(folder, result))
-    except StudyError:
-        raise
-    except (OSError, ValueError) as error:
-        why = " ".join(str(error).split())
+            found = Found("done", "", *read_finished(folder))
+            before = found.result["config"] | {"num_processes": found.result["num_processes"]}
+    except (OSError, ValueError, TypeError) as error:
+        found = Found("broken", " ".join(str(error).split()))
     try:
-        if (folder / "config.yaml").exists():
-            before = yaml.safe_load((folder / "config.yaml").read_text())
-            processes = {key: value for key, value in settings.items() if key == "num_processes"}
-            refuse_other(folder, json.loads(json.dumps(dict(before))) | processes, settings)
-    except (OSError, yaml.YAMLError, TypeError) as error:
-        why = why or f"config.yaml: {' '.join(str(error).split())}"
-    if why:
-        return Found("broken", why)
-    return Found("to resume" if any((folder / name).exists() for name in CHECKPOINTS) else "to do")
+        if not before and (folder / "config.yaml").exists():
+            before = {"num_processes": settings.get("num_processes")} | read_config(folder)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        found = Found("broken", found.why or f"config.yaml: {' '.join(str(error).split())}")
+    if before and (changed := differences(before, {"num_processes": before["num_processes"]} | settings)):
+        raise RecipeError(
+            f"{folder} holds a run with other settings: {', '.join(changed)}; choose another folder with --output_dir, "
+            f"or move that run away: mv {folder} {folder}.other"
+        )
+    return found
 
 
 def inspect_all(runs: list[Run]) -> list[Found]:
-    """Look at every run's folder; raises StudyError naming every folder that holds another experiment."""
+    """Look at every run's folder; raises RecipeError naming every folder that holds another experiment."""
     found, problems = [], []
     for run in runs:
         try:
             found.append(inspect_run(run.folder, run.settings))
-        except StudyError as error:
+        except RecipeError as error:
             problems.append(str(error))
     if problems:
-        raise StudyError(" | ".join(problems))
+        raise RecipeError(" | ".join(problems))
     return found
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """Read a result.json; raises ValueError if a key that every finished run writes is missing or has another type."""
-    result = json.loads(path.read_text())
-    if not isinstance(result, dict):
-        raise ValueError(f"{path.name} does not hold a mapping")
+def read_config(folder: Path) -> Settings:
+    """Read the settings that a run began with, as JSON values."""
+    settings: Settings = json.loads(json.dumps(dict(yaml.safe_load((folder / "config.yaml").read_text()))))
+    return settings
+
+
+def read_finished(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Read result.json and metrics.csv; raises ValueError unless they are whole and made from each other."""
+    result = dict(json.loads((folder / "result.json").read_text()))
     wrong = [key for key in NUMBERS if type(result.get(key)) not in (int, float) or not math.isfinite(result[key])]
     wrong += [key for key in ("config", "versions") if not isinstance(result.get(key), dict)]
     if wrong:
-        raise ValueError(f"{path.name}: {', '.join(f'{key} is {result.get(key)!r}' for key in wrong)}")
-    return result
-
-
-def read_metrics(folder: Path, result: dict[str, Any]) -> pd.DataFrame:
-    """Read metrics.csv; raises ValueError if a cell is not a number, or if result.json was not made from it."""
+        raise ValueError(f"result.json: {', '.join(f'{key} is {result.get(key)!r}' for key in wrong)}")
     metrics = pd.read_csv(folder / "metrics.csv", dtype=float)
     if len(metrics) != result["epochs"] or "test_top1" not in metrics:
         raise ValueError(f"metrics.csv has {len(metrics)} rows of top-1 and result.json has {result['epochs']} epochs")
     for name, values in (("top1_best", metrics["test_top1"]), ("top1_last", metrics["test_top1"].tail(1))):
         if not np.isclose(values, result[name], rtol=1e-9, atol=0).any():
             raise ValueError(f"{name} is {result[name]} in result.json and {values.max()} in metrics.csv")
-    return metrics
-
-
-def refuse_other(folder: Path, before: Settings, now: Settings) -> None:
-    """Raise StudyError if two runs have other settings, rather than count or overwrite another experiment."""
-    changed = differences(before, now)
-    if changed:
-        raise StudyError(
-            f"{folder} holds a run with other settings: {', '.join(changed)}; choose another folder with --output_dir, "
-            f"or move that run away: mv {folder} {folder}.other"
-        )
+    return result, metrics
 
 
 def refuse_other_sweep(path: Path, record: dict[str, Any]) -> None:
-    """Refuse to turn a folder's sweep into another one (StudyError); it may grow by seeds, rows and columns."""
+    """Refuse a sweep without a folder's seeds, rows and columns (RecipeError); `inspect_all` compares the settings."""
     if not path.exists():
         return
     try:
         before = yaml.safe_load(path.read_text())
         lost = [f"seed {seed}" for seed in before["table"]["seeds"] if seed not in record["table"]["seeds"]]
-        for column, rows in before["cells"].items():
-            for row, settings in rows.items():
-                now = record["cells"].get(column, {}).get(row)
-                changed = [] if now is None else differences(settings, now)
-                lost += [f"{column}/{row}"] if now is None else []
-                lost += [f"{column}/{row} with other settings: {', '.join(changed)}"] if changed else []
+        lost += [f"{c}/{r}" for c, rows in before["cells"].items() for r in rows if r not in record["cells"].get(c, {})]
+        command = before["command"]
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise StudyError(
+        raise RecipeError(
             f"{path} cannot be read ({type(error).__name__}); move it away: mv {path} {path}.old"
         ) from error
     if lost:
-        raise StudyError(
+        raise RecipeError(
             f"{path.parent} holds a sweep that this one does not contain: {'; '.join(lost)}. "
-            f"Choose another --output_dir, or go on with that one: {before.get('command', f'see {path}')}"
+            f"Choose another --output_dir, or go on with that one: {command}"
         )
 
 
@@ -163,7 +147,7 @@ class Study:
 
 
 def collect_study(folder: Path) -> Study:
-    """Read a sweep's output_dir, or any folder of runs; raises StudyError if there is nothing to report on."""
+    """Read a sweep's output_dir, or any folder of runs; raises RecipeError if there is nothing to report on."""
     path = folder / "sweep.yaml"
     if not path.exists():
         return collect_loose(folder)
@@ -174,7 +158,7 @@ def collect_study(folder: Path) -> Study:
         words = shlex.split(record["command"])
         words[words.index("--output_dir") + 1] = str(folder)  # where the runs are now
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StudyError(f"{path} cannot be read: {type(error).__name__}: {error}; run the sweep again") from error
+        raise RecipeError(f"{path} cannot be read: {type(error).__name__}: {error}; run the sweep again") from error
     places = [(*cell, seed, Path(folder, *cell, f"seed{seed}")) for cell in cells for seed in table.seeds]
     return Study(table, cells, *read_runs(places, cells), shlex.join(words))
 
@@ -182,28 +166,24 @@ def collect_study(folder: Path) -> Study:
 def collect_loose(folder: Path) -> Study:
     """Read runs that no sweep made; columns are data and model, rows are named by the settings in which they differ."""
     found: dict[Path, Settings] = {}
-    for path in sorted({path.parent for name in ("config.yaml", "result.json") for path in folder.rglob(name)}):
+    for path in sorted(folder.rglob("config.yaml")):
         with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):
-            result, config = path / "result.json", path / "config.yaml"
-            found[path] = read_result(result)["config"] if result.exists() else dict(yaml.safe_load(config.read_text()))
+            settings = read_config(path.parent)
+            if {"dataset", "model", "method", "seed"} <= settings.keys():  # another tool's config.yaml has others
+                found[path.parent] = settings
     if not found:
-        raise StudyError(f"{folder} holds no sweep.yaml and no run; expected a sweep's output_dir")
-    keys = dict.fromkeys(key for settings in found.values() for key in settings if key not in FREE | {"seed"})
-    varying = [key for key in keys if len({json.dumps(settings.get(key)) for settings in found.values()}) > 1]
-
-    def name(settings: Settings, lead: tuple[str, ...], others: list[str]) -> str:
-        return "-".join([*(str(settings.get(k)) for k in lead), *(f"{k}={settings.get(k)}" for k in others)])
-
+        raise RecipeError(f"{folder} holds no sweep.yaml and no run; expected a sweep's output_dir")
+    frame = pd.DataFrame([{key: json.dumps(value) for key, value in settings.items()} for settings in found.values()])
+    varying = [key for key in frame if key not in FREE | {"seed"} and frame[key].nunique(dropna=False) > 1]
     places, cells = [], {}
     for path, settings in found.items():
-        column = name(settings, ("dataset", "model"), [k for k in varying if k in DATA_SETTINGS])
-        row = name(
-            settings, ("method",), [k for k in varying if k not in (*DATA_SETTINGS, "dataset", "model", "method")]
-        )
-        places.append((column, row, int(settings["seed"]), path))
-        cells[column, row] = settings
+        own = {key: f"{key}={settings.get(key)}" for key in varying if key not in ("dataset", "model", "method")}
+        column = [settings["dataset"], settings["model"], *(own[key] for key in own if key in DATA_SETTINGS)]
+        row = [settings["method"], *(own[key] for key in own if key not in DATA_SETTINGS)]
+        places.append(("-".join(column), "-".join(row), int(settings["seed"]), path))
+        cells[places[-1][:2]] = settings
     if len({place[:3] for place in places}) < len(places):
-        raise StudyError(f"two folders in {folder} hold the same run; move one of them away")
+        raise RecipeError(f"two folders in {folder} hold the same run; move one of them away")
     rows = sorted(dict.fromkeys(row for _, row in cells), key=lambda row: not row.startswith("none"))
     plain = [row for row in rows if row.startswith("none")]
     table = Table(
@@ -223,7 +203,7 @@ def read_runs(places: list[Place], cells: dict[tuple[str, str], Settings]) -> tu
     for column, row, seed, folder in places:
         try:
             found = inspect_run(folder, cells[column, row] | {"seed": seed})
-        except StudyError as error:
+        except RecipeError as error:
             found = Found("broken", str(error))
         place = {"column": column, "row": row, "seed": seed}
         last = found.metrics.iloc[-1].to_dict() if found.state == "done" else {}

@@ -13,20 +13,20 @@ import json
 import math
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import matplotlib
-import numpy as np
 import pandas as pd
 from findings import Study, best_until, collect_study, compare_primary, lower_is_better, t_interval
 from jsonargparse import ArgumentParser
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from study import StudyError, exit_with
+from settings import RecipeError, exit_with
 
 LABELS = {
     "top1_last": "top-1, last epoch (%)", "top1_best": "top-1, best epoch (%)", "test_top1": "test top-1 (%)",
@@ -47,12 +47,12 @@ def main() -> None:
     try:
         options = parser.parse_args(sys.argv[1:])
         print(write_report(Path(options.runs), Path(options.output or Path(options.runs, "report"))))
-    except (StudyError, ArgumentError) as error:
+    except (RecipeError, ArgumentError) as error:
         exit_with(error)
 
 
 def write_report(folder: Path, output: Path) -> Path:
-    """Write the page and the CSV files and return the page's path; raises StudyError if it cannot."""
+    """Write the page and the CSV files and return the page's path; raises RecipeError if it cannot."""
     study = collect_study(folder)
     comparisons = compare_primary(study)
     template = jinja2.Environment(
@@ -62,10 +62,11 @@ def write_report(folder: Path, output: Path) -> Path:
     done = study.runs["state"] == "done"
     shared, own = shared_settings(study)
     page = template.from_string(source).render(
-        title=study.table.title, table=html_table, columns=[c.name for c in study.table.columns], count=len(done),
+        title=study.table.title, columns=[c.name for c in study.table.columns], count=len(done),
         done=int(done.sum()), seeds=study.table.seeds, sentences=list(sentences(study, comparisons)),
         missing=missing_table(study), command=study.command, glance=glance_table(study),
         parts={column.name: column_part(study, comparisons, column.name) for column in study.table.columns},
+        pictures={column.name: list(draw_pictures(study, column.name)) for column in study.table.columns},
         shared=shared, own=own, versions=versions(study),
     )  # fmt: skip
     try:
@@ -75,18 +76,8 @@ def write_report(folder: Path, output: Path) -> Path:
         (output / "report.html.tmp").write_text(page, encoding="utf-8")
         (output / "report.html.tmp").replace(output / "report.html")
     except OSError as error:
-        raise StudyError(f"cannot write the report to {output}: {error.strerror}") from error
+        raise RecipeError(f"cannot write the report to {output}: {error.strerror}") from error
     return output / "report.html"
-
-
-def html_table(frame: pd.DataFrame) -> str:
-    """Return a table as HTML, a dash where there is no number; the first column is the row's heading."""
-    names = list(frame.columns)
-    frame = frame.astype(object).where(frame.notna(), "-")
-    html: str = frame.set_index(names[0]).rename_axis(None).rename_axis(names[0], axis="columns").to_html(
-        border=0, escape=True
-    )  # fmt: skip
-    return html
 
 
 def label(measure: str) -> str:
@@ -99,16 +90,19 @@ def digits(measure: str) -> int:
     return 2 if any(word in measure for word in ("top1", "agreement", "ece")) else 1 if "second" in measure else 4
 
 
+def number(value: float, places: int, sign: str = "") -> str | None:
+    """Write a number; None if there is none."""
+    return None if math.isnan(value) else f"{value:{sign}.{places}f}"
+
+
 def spread(values: "pd.Series[float]", places: int) -> str | None:
     """Write mean and sample standard deviation; None without values."""
-    if values.empty:
-        return None
-    return f"{values.mean():.{places}f}" + (f" ± {values.std():.{places}f}" if len(values) > 1 else "")
+    return " ± ".join(filter(None, (number(values.mean(), places), number(values.std(), places)))) or None
 
 
 def interval(low: float, high: float, places: int, sign: str = "") -> str | None:
     """Write an interval; None if there is none."""
-    return None if math.isnan(low) else f"{low:{sign}.{places}f} to {high:{sign}.{places}f}"
+    return " to ".join(filter(None, (number(low, places, sign), number(high, places, sign)))) or None
 
 
 def p_text(p: float) -> str | None:
@@ -122,8 +116,9 @@ def sentences(study: Study, comparisons: pd.DataFrame) -> Iterator[tuple[str, st
         where = f" on {one.column}" if len(study.table.columns) > 1 else ""
         pair, places = f"{one.row}{where}", digits(one.measure)
         if math.isnan(one.holm):
-            why = "no common seed is finished" if one.seeds == 0 else f"{one.seeds} common seeds without spread" if (
-                one.seeds > 1) else f"one common seed, difference {one.difference:+.{places}f}"  # fmt: skip
+            why = f"{one.seeds} common seeds without spread"
+            if one.seeds < 2:
+                why = f"one common seed, difference {one.difference:+.{places}f}" if one.seeds else "no common seed"
             yield "untested", f"{pair} cannot be tested against {one.against}: {why}."
             continue
         gain = -one.difference if lower_is_better(one.measure) else one.difference
@@ -148,24 +143,19 @@ def missing_table(study: Study) -> pd.DataFrame:
 
 def glance_table(study: Study) -> pd.DataFrame | None:
     """Put the paper's top-1 beside ours at the best epoch; None if the table has no numbers of the paper."""
-    ours = [column.name for column in study.table.columns]
-    theirs = dict.fromkeys(name for row in study.table.rows for name in row.paper)
-    if not theirs:
+    if not any(row.paper for row in study.table.rows):
         return None
+    ours = {column.name: "" for column in study.table.columns}
+    theirs = {name: " (other data)" for row in study.table.rows for name in row.paper} | ours
     lines = []
     for row in study.table.rows:
         line: dict[str, Any] = {"method": row.name}
-        for column in ours:
-            line |= {f"paper, {column}": paper_number(row.paper.get(column))} if column in theirs else {}
-            line[f"ours, {column}"] = spread(study.values(column, row.name, "top1_best"), 2)
-        others = [name for name in theirs if name not in ours]
-        lines.append(line | {f"paper, {name} (other data)": paper_number(row.paper.get(name)) for name in others})
-    return pd.DataFrame(lines)
-
-
-def paper_number(value: float | list[float] | None) -> str | None:
-    """Write the paper's top-1 at the end of the run."""
-    return None if value is None else f"{value[-1] if isinstance(value, list) else value:.2f}"
+        for name, note in theirs.items():
+            value = row.paper.get(name, math.nan)
+            line[f"paper, {name}{note}"] = number(value[-1] if isinstance(value, list) else value, 2)
+        line |= {f"ours, {name}": spread(study.values(name, row.name, "top1_best"), 2) for name in ours}
+        lines.append(line)
+    return pd.DataFrame(lines).dropna(axis="columns", how="all")
 
 
 def column_part(study: Study, comparisons: pd.DataFrame, column: str) -> dict[str, Any]:
@@ -188,22 +178,21 @@ def column_part(study: Study, comparisons: pd.DataFrame, column: str) -> dict[st
     return {
         "measures": pd.DataFrame(lines), "costs": pd.DataFrame(costs), "stages": stages_table(study, column),
         "tests": tests_table(comparisons[comparisons["column"] == column]),
-        "pictures": list(draw_pictures(study, comparisons, column)),
     }  # fmt: skip
 
 
 def tests_table(comparisons: pd.DataFrame) -> pd.DataFrame | None:
     """List the primary comparisons of a column; None if its rows name none."""
-    lines = []
-    for one in comparisons.itertuples():
-        places = digits(one.measure)
-        numbers = [None if math.isnan(x) else f"{x:+.{places}f}" for x in (one.difference, one.smallest)]
-        lines.append({
+    lines = [
+        {
             "method": one.row, "against": one.against, "measure": label(one.measure),
-            "difference": numbers[0], "95 % interval": interval(one.low, one.high, places, "+"), "p": p_text(one.p),
-            "p, Holm": p_text(one.holm), "smallest visible": (numbers[1] or "").lstrip("+") or None,
-            "seeds": one.seeds,
-        })  # fmt: skip
+            "difference": number(one.difference, digits(one.measure), "+"),
+            "95 % interval": interval(one.low, one.high, digits(one.measure), "+"),
+            "p": p_text(one.p), "p, Holm": p_text(one.holm),
+            "smallest visible": number(one.smallest, digits(one.measure)), "seeds": one.seeds,
+        }
+        for one in comparisons.itertuples()
+    ]  # fmt: skip
     return pd.DataFrame(lines) if lines else None
 
 
@@ -235,39 +224,18 @@ def shared_settings(study: Study) -> tuple[str, pd.DataFrame | None]:
 
 
 def versions(study: Study) -> str:
-    """Return each version and device that the runs were made with, and by how many if not by all."""
-    done = study.runs[study.runs["state"] == "done"]
-    if done.empty:
-        return "No run is finished."
-    named = pd.DataFrame([run["versions"] | {"device": run.get("device")} for run in done.to_dict("records")])
-    counts = [(name, value, n) for name in named for value, n in named[name].value_counts().items()]
-    return ", ".join(f"{k} {v}" + (f" ({n} of {len(done)} runs)" if n < len(done) else "") for k, v, n in counts) + "."
+    """Return each version and device that the runs were made with, and by how many."""
+    done = study.runs[study.runs["state"] == "done"].to_dict("records")
+    named = [f"{k} {v}" for run in done for k, v in (run["versions"] | {"device": run.get("device")}).items()]
+    return ", ".join(f"{text} ({n} runs)" for text, n in Counter(named).items()) or "No run is finished."
 
 
-def draw_pictures(study: Study, comparisons: pd.DataFrame, column: str) -> Iterator[tuple[str, str]]:
+def draw_pictures(study: Study, column: str) -> Iterator[tuple[str, str]]:
     """Draw every picture of a column for which there are numbers: (data URI of an SVG, what it shows)."""
-    first = study.table.measures[0]
-    name = label(first)
-    values = [(row.name, study.values(column, row.name, first)) for row in study.table.rows]
-    lines = [(r, v.mean(), *t_interval(v), v.tolist()) for r, v in values if len(v)]
-    if lines:
-        yield (
-            draw_intervals(lines, name),
-            (f"{name[0].upper()}{name[1:]} by method: dots are seeds, bars their mean, lines its 95 % t interval."),
-        )
-    tested = comparisons[(comparisons["column"] == column) & comparisons["holm"].notna()]
-    lines = [
-        (f"{c.row} against\n{c.against}", c.difference, c.low, c.high, [-c.smallest, c.smallest])
-        for c in tested[tested["measure"] == first].itertuples()
-    ]
-    if lines:
-        yield (
-            draw_intervals(lines, f"difference, {name}", zero=True),
-            (
-                "Primary comparisons: difference with its 95 % interval before correction. "
-                "The dots are the differences that the study could have seen."
-            ),
-        )
+    name = label(study.table.measures[0])
+    drawn = draw_means(study, column)
+    if drawn:
+        yield drawn, f"By method, {name}: dots are seeds, bars their mean, lines its 95 % t interval."
     for x, y, best, text in (
         ("epoch", "test_top1", False, "Test top-1 over the epochs"),
         ("wall_seconds", "test_top1", True, "Best test top-1 so far against wall time: compare methods at one cost"),
@@ -278,26 +246,27 @@ def draw_pictures(study: Study, comparisons: pd.DataFrame, column: str) -> Itera
             yield drawn, f"{text}. Mean over seeds, the band from the lowest to the highest seed."
 
 
-def draw_intervals(lines: Sequence[tuple[str, float, float, float, list[float]]], text: str, zero: bool = False) -> str:
-    """Draw a line for each (name, mean, low, high, dots)."""
-    figure = Figure(figsize=(5.2, 1.1 + (0.42 if zero else 0.3) * len(lines)), layout="constrained")
+def draw_means(study: Study, column: str) -> str | None:
+    """Draw the first measure of every row: its seeds, their mean and its interval; None without values."""
+    measure = study.table.measures[0]
+    rows = {row.name: study.values(column, row.name, measure) for row in study.table.rows}
+    rows = {name: values for name, values in rows.items() if len(values)}
+    if not rows:
+        return None
+    figure = Figure(figsize=(5.2, 1.1 + 0.3 * len(rows)), layout="constrained")
     axes: Axes = figure.subplots()
-    for place, (_, mean, low, high, dots) in enumerate(lines):
-        color = COLORS[0 if zero else place % len(COLORS)]
-        axes.plot(dots, [place] * len(dots), "o", color=color, alpha=0.35, markersize=4)
-        axes.plot([low, high], [place, place], "-", color=color, linewidth=2)
-        axes.plot(mean, place, "|", color=color, markersize=14, markeredgewidth=2.5)
-        axes.annotate(f"{mean:.2f}", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-    if zero:
-        axes.axvline(0, color="0.5", linewidth=1)
-        reach = 1.5 * max(max(-low, high) for _, _, low, high, _ in lines)  # with few seeds the dots are far beyond
-        axes.set_xlim(-reach, reach)
-    else:  # an interval of two seeds can be far wider than all dots: keep the dots apart
-        seen = np.concatenate([line[4] for line in lines])
-        margin = max(0.1, float(np.ptp(seen)))
-        axes.set_xlim(seen.min() - margin, seen.max() + margin)
-    axes.set(xlabel=text, ylim=(len(lines) - 0.5, -0.5))
-    axes.set_yticks(range(len(lines)), [line[0] for line in lines], fontsize=8)
+    for place, values in enumerate(rows.values()):
+        color = COLORS[place % len(COLORS)]
+        axes.plot(values, [place] * len(values), "o", color=color, alpha=0.35, markersize=4)
+        axes.plot(t_interval(values), [place, place], "-", color=color, linewidth=2)
+        axes.plot(values.mean(), place, "|", color=color, markersize=14, markeredgewidth=2.5)
+        axes.annotate(
+            f"{values.mean():.2f}", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8
+        )
+    seen = pd.concat(rows.values())  # an interval of two seeds can be far wider than all dots: keep the dots apart
+    margin = max(0.1, seen.max() - seen.min())
+    axes.set(xlabel=label(measure), xlim=(seen.min() - margin, seen.max() + margin), ylim=(len(rows) - 0.5, -0.5))
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.grid(alpha=0.3, axis="x")
     return to_data_uri(figure)
 

@@ -11,7 +11,9 @@ in OUTPUT_DIR/column/row/seed0 with their logs beside them. Run the same command
 finished runs are skipped, interrupted ones resumed, broken ones repeated.
 """
 
+import itertools
 import os
+import queue
 import re
 import shlex
 import signal
@@ -23,7 +25,7 @@ from argparse import ArgumentError
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +36,8 @@ import yaml
 from filelock import FileLock, Timeout
 from findings import Found, inspect_all, inspect_run, refuse_other_sweep
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveInt
-from study import Run, StudyError, Table, exit_with, find_table, make_table, plan_runs, read_table, shown_path
+from settings import PositiveInt, RecipeError, exit_with
+from study import Run, Table, plan_runs, read_table, shown_path
 
 # what train.py says of a folder that it can neither continue nor start in
 UNUSABLE = re.compile(r"error: (\(process \d+\) )?(resume: |output_dir .* holds )")
@@ -51,7 +53,7 @@ def main() -> None:
         signal.signal(number, signal.default_int_handler)
     try:
         sys.exit(sweep(read_options(sys.argv[1:])))
-    except StudyError as error:
+    except RecipeError as error:
         exit_with(error)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -61,7 +63,7 @@ def read_options(words: list[str]) -> Namespace:
     """Parse a command line; everything after -- goes to train.py unchanged.
 
     Raises:
-        StudyError: an option is unknown or has the wrong type or range.
+        RecipeError: an option is unknown or has the wrong type or range.
     """
     cut = words.index("--") if "--" in words else len(words)
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=__doc__.partition("\n\n")[0])
@@ -78,9 +80,9 @@ def read_options(words: list[str]) -> Namespace:
     try:
         options = parser.parse_args(words[:cut])
     except ArgumentError as error:
-        raise StudyError(f"{error}; python recipes/sweep.py --help lists the options") from error
+        raise RecipeError(f"{error}; python recipes/sweep.py --help lists the options") from error
     if options.cluster_options and not options.cluster:
-        raise StudyError("--cluster_options needs a cluster, e.g. --cluster slurm")
+        raise RecipeError("--cluster_options needs a cluster, e.g. --cluster slurm")
     options.extra = words[cut + 1 :]
     return options
 
@@ -89,7 +91,7 @@ def sweep(options: Namespace) -> int:
     """Run the whole sweep and return the exit status.
 
     Raises:
-        StudyError: the table, a run's settings or the contents of the output folder do not fit; nothing was started.
+        RecipeError: the table, a run's settings or the contents of the output folder do not fit; nothing was started.
     """
     table = requested_table(options)
     runs = plan_runs(table, options.extra, options.num_processes)
@@ -109,13 +111,11 @@ def sweep(options: Namespace) -> int:
         print(f"{table.title}: {len(runs)} runs, {counts}", flush=True)
         todo = [(r, c) for r, c, state in zip(runs, commands, found, strict=True) if state.state != "done"]
         outcomes, interrupted = run_all(todo, options, folder)
-        ended = Counter(outcome.what for outcome in outcomes.values()) + Counter(
-            {"not started": len(todo) - len(outcomes)}
-        )
+        ended = Counter(outcome.what for outcome in outcomes) + Counter({"not started": len(todo) - len(outcomes)})
         print(", ".join(f"{n} {what}" for what, n in ended.items()) or "nothing to do")
-        for name, outcome in outcomes.items():
-            if outcome.found.state != "done":
-                print(f"{name}: {outcome.last_line} (log: {outcome.log})", file=sys.stderr)
+        failed = [outcome for outcome in outcomes if outcome.found.state != "done"]
+        for outcome in failed:
+            print(f"{outcome.run.name}: {outcome.last_line} (log: {outcome.log})", file=sys.stderr)
         if interrupted:
             print("interrupted; run the same command again to go on", file=sys.stderr)
             return 130
@@ -123,16 +123,15 @@ def sweep(options: Namespace) -> int:
             from report import write_report
 
             print(f"report: {write_report(folder, folder / 'report')}")
-    return int(any(outcome.found.state != "done" for outcome in outcomes.values()))
+    return int(bool(failed))
 
 
 def requested_table(options: Namespace) -> Table:
     """Read the table and replace in it what the command line gives."""
-    values = asdict(read_table(find_table(options.table)))
-    if options.config is not None:
-        values["columns"] = [{"name": Path(options.config).stem, "config": options.config}]
     given = {key: options[key] for key in ("output_dir", "seeds") if options[key] is not None}
-    return make_table(values | given)
+    if options.config is not None:
+        given["columns"] = [{"name": Path(options.config).stem, "config": options.config}]
+    return read_table(options.table, **given)
 
 
 def command_of(run: Run) -> Command:
@@ -161,49 +160,47 @@ def sweep_record(table: Table, runs: list[Run], options: Namespace) -> dict[str,
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Create the folder and hold it: StudyError if another process does, or if it cannot be written."""
+    """Create the folder and hold it: RecipeError if another process does, or if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", blocking=False):
             yield
     except Timeout as error:
-        raise StudyError(f"another process works in {folder}; wait for it, or choose another --output_dir") from error
+        raise RecipeError(f"another process works in {folder}; wait for it, or choose another --output_dir") from error
     except OSError as error:
-        raise StudyError(f"cannot write to {folder}: {error.strerror}; choose another --output_dir") from error
+        raise RecipeError(f"cannot write to {folder}: {error.strerror}; choose another --output_dir") from error
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run that was started has left: a result or not, whatever its exit status; its last line and its log."""
+    """How a run ended that was started: by what its folder holds, whatever its exit status."""
 
+    run: Run
     what: str
     last_line: str
     log: Path
     found: Found
 
 
-def run_all(todo: list[tuple[Run, Command]], options: Namespace, folder: Path) -> tuple[dict[str, Outcome], bool]:
+def run_all(todo: list[tuple[Run, Command]], options: Namespace, folder: Path) -> tuple[list[Outcome], bool]:
     """Start every run, `--jobs` at a time; one that fails does not stop the others.
 
     Returns:
-        the outcome by the run's name, and whether Ctrl-C or SIGTERM ended the sweep early.
+        the outcomes, and whether Ctrl-C or SIGTERM ended the sweep early.
     """
     here = Processes(options.jobs, options.num_processes)
     start = here.start if options.cluster is None else submitter(options, here, folder / "submitit")
     # SLURM has a queue of its own: submit everything at once, unless the user limits it
     workers = max(1, len(todo)) if options.cluster == "slurm" and options.jobs == 1 else options.jobs
-    outcomes: dict[str, Outcome] = {}
     interrupted = False
     with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(run_once, run, command, start): run for run, command in todo}
+        futures = [pool.submit(run_once, run, command, start) for run, command in todo]
         try:
-            for future in as_completed(futures):
+            for count, future in enumerate(as_completed(futures), 1):
                 outcome = future.result()
                 top1 = outcome.found.result.get("top1_last")
                 tail = outcome.last_line if top1 is None else f"top-1 {top1:.2f} %"
-                name = futures[future].name
-                outcomes[name] = outcome
-                print(f"[{len(outcomes)}/{len(todo)}] {name}: {outcome.what}: {tail}", flush=True)
+                print(f"[{count}/{len(todo)}] {outcome.run.name}: {outcome.what}: {tail}", flush=True)
         except KeyboardInterrupt:
             interrupted = True
             pool.shutdown(wait=False, cancel_futures=True)  # those that have not started
@@ -212,8 +209,7 @@ def run_all(todo: list[tuple[Run, Command]], options: Namespace, folder: Path) -
                 os._exit(130)  # the threads wait for jobs that may take days
             print("stopping: the runs save and end", flush=True)
             here.stop()
-    outcomes |= {run.name: future.result() for future, run in futures.items() if not future.cancelled()}
-    return outcomes, interrupted
+    return [future.result() for future in futures if not future.cancelled()], interrupted
 
 
 def run_once(run: Run, command: Command, start: Start) -> Outcome:
@@ -221,18 +217,16 @@ def run_once(run: Run, command: Command, start: Start) -> Outcome:
     line, log = start(run, command)
     aside = ""
     if UNUSABLE.match(line):
-        number = 1
-        while (moved := run.folder.with_name(f"{run.folder.name}.unusable{number}")).exists():
-            number += 1
-        run.folder.rename(moved)
+        names = (run.folder.with_name(f"{run.folder.name}.unusable{number}") for number in itertools.count(1))
+        moved = run.folder.rename(next(name for name in names if not name.exists()))
         aside = f" (the old files are in {moved.name})"
         line, log = start(run, command)
     try:
         found = inspect_run(run.folder, run.settings)
-    except StudyError as error:
-        return Outcome(f"failed{aside}", str(error), log, Found("broken", str(error)))
+    except RecipeError as error:
+        found, line = Found("broken", str(error)), str(error)
     what = {"done": "done", "to resume": "stopped"}.get(found.state, "failed")
-    return Outcome(what + aside, line, log, found)
+    return Outcome(run, what + aside, line, log, found)
 
 
 def last_line(text: str) -> str:
@@ -245,13 +239,16 @@ class Processes:
     """The runs that are processes of this machine, and its GPUs."""
 
     def __init__(self, jobs: int, num_processes: int) -> None:
-        """Find the GPUs; share the cores between the processes unless OMP_NUM_THREADS is set."""
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = range(torch.cuda.device_count()) if visible is None else [n for n in visible.split(",") if n.strip()]
-        self.runs_on_gpu = {str(gpu).strip(): 0 for gpu in gpus}
-        self.num_processes = num_processes
-        if 0 < len(self.runs_on_gpu) < jobs * num_processes:
-            print(f"{jobs} runs at a time on {len(self.runs_on_gpu)} GPUs: runs share a GPU", flush=True)
+        """Share the GPUs between the jobs, and the cores between the processes unless OMP_NUM_THREADS is set."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+        gpus = [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
+        if 0 < len(gpus) < jobs * num_processes:
+            print(f"{jobs} runs at a time on {len(gpus)} GPUs: runs share a GPU", flush=True)
+        self.shares: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()  # one per job: its part of the environment
+        turns = itertools.cycle(gpus)
+        for _ in range(jobs):
+            own = dict.fromkeys(itertools.islice(turns, num_processes))
+            self.shares.put({"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {})
         threads = max(1, len(os.sched_getaffinity(0)) // (jobs * num_processes))
         self.environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
         self.alive: set[subprocess.Popen[bytes]] = set()
@@ -260,17 +257,12 @@ class Processes:
 
     @contextmanager
     def gpus(self) -> Iterator[dict[str, str]]:
-        """Hold a run's GPUs, those with the fewest runs; yields the environment variable, none without GPUs."""
-        with self.lock:
-            held = sorted(self.runs_on_gpu, key=self.runs_on_gpu.__getitem__)[: self.num_processes]
-            for gpu in held:
-                self.runs_on_gpu[gpu] += 1
+        """Hold one job's GPUs; yields the environment variable, none without GPUs."""
+        share = self.shares.get()
         try:
-            yield {"CUDA_VISIBLE_DEVICES": ",".join(held)} if held else {}
+            yield share
         finally:
-            with self.lock:
-                for gpu in held:
-                    self.runs_on_gpu[gpu] -= 1
+            self.shares.put(share)
 
     def start(self, run: Run, command: Command) -> tuple[str, Path]:
         """Run a command to its end and append its output to the log beside the run's folder."""
@@ -310,23 +302,24 @@ class Processes:
 
 
 def submitter(options: Namespace, here: Processes, folder: Path) -> Start:
-    """Return a function that submits a command and waits for its end; StudyError if submitit rejects the options."""
+    """Return a function that submits a command and waits for its end; RecipeError if submitit rejects the options."""
     try:
         import submitit
         from submitit.helpers import CommandFunction
     except ImportError as error:
-        raise StudyError("--cluster needs submitit: pip install 'rblock-fx[slurm]'") from error
+        raise RecipeError("--cluster needs submitit: pip install 'rblock-fx[slurm]'") from error
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=options.cluster)
         # a day, where submitit's default is minutes; the next sweep resumes a run that was cut
         executor.update_parameters(**({"timeout_min": 24 * 60} | options.cluster_options))
     except Exception as error:  # submitit raises several, RuntimeError without sbatch, NameError for an option
-        raise StudyError(f"--cluster {options.cluster} with {options.cluster_options}: {error}") from error
+        raise RecipeError(f"--cluster {options.cluster} with {options.cluster_options}: {error}") from error
     cwd = Path.cwd()
 
     def start(_: Run, command: Command) -> tuple[str, Path]:
-        with here.gpus() as gpus:  # submitit's local jobs would otherwise see none; SLURM assigns its own
-            prefix = ["env", *(f"{k}={v}" for k, v in gpus.items())] if gpus and options.cluster == "local" else []
+        with ExitStack() as stack:  # submitit's local jobs would see no GPU otherwise; SLURM assigns its own
+            gpus = stack.enter_context(here.gpus()) if options.cluster == "local" else {}
+            prefix = ["env", *(f"{name}={value}" for name, value in gpus.items())] if gpus else []
             job = executor.submit(CommandFunction([*prefix, *command], cwd=cwd))
             try:
                 job.result()

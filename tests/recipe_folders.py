@@ -31,25 +31,20 @@ def write_table(path: Path, **changes: object) -> Path:
     return path
 
 
-def metrics_text(top1: Sequence[float], gap: bool = True, sparse: bool = False) -> str:
-    """metrics.csv with these test top-1, one row per epoch; sparse leaves out the columns of cost and gap."""
-    header = "epoch,test_top1,test_ce,seconds" + (
-        "" if sparse else ",images_seen,wall_seconds,gap_kl,gap_agreement,drop_rate"
-    )
-    lines = []
+def metrics_text(top1: Sequence[float], gap: bool = True) -> str:
+    """metrics.csv with these test top-1, one row per epoch."""
+    lines = ["epoch,test_top1,test_ce,seconds,images_seen,wall_seconds,gap_kl,gap_agreement,drop_rate"]
     for epoch, value in enumerate(top1, 1):
         ends = f"{0.5 / epoch},{90 + epoch},0.1" if gap else ",,"
-        lines.append(
-            f"{epoch},{value},{2 - value / 100},2.0" + ("" if sparse else f",{1257 * epoch},{2.0 * epoch},{ends}")
-        )
-    return "\n".join([header, *lines]) + "\n"
+        lines.append(f"{epoch},{value},{2 - value / 100},2.0,{1257 * epoch},{2.0 * epoch},{ends}")
+    return "\n".join(lines) + "\n"
 
 
 def write_run(folder: Path, config: dict, top1: Sequence[float], **changes: object) -> dict:
     """A finished run; changes replace keys of result.json. Returns what result.json holds."""
     folder.mkdir(parents=True)
-    sparse = bool(changes.pop("sparse", False))
-    (folder / "metrics.csv").write_text(metrics_text(top1, config["method"] != "none", sparse))
+    (folder / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in config.items() if k != "num_processes"}))
+    (folder / "metrics.csv").write_text(metrics_text(top1, config["method"] != "none"))
     result = {
         "top1_best": max(top1), "top1_last": top1[-1], "epochs": len(top1), "seed": config["seed"],
         "method": config["method"], "num_processes": 1, "wall_time_seconds": 2.0 * len(top1), "device": "cpu",
