@@ -148,7 +148,7 @@ def _install(model: nn.Module, rblock: RBlock) -> None:
     first = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
     conversion = rblock.conversion
     swaps: list[tuple[nn.Module, type[Swapped], str]] = [(model, RBlockModel, "")]
-    swaps += [(model.get_submodule(path), Inlined, path) for path in conversion.guards.inlined]
+    swaps += [(model.get_submodule(path), Inlined, path) for path in conversion.guards.inlined if path]
     swaps += [(model.get_submodule(path), Halved, path) for path in conversion.halved]
     vars(model)[MASKS] = rblock.to(first.device)
     try:
@@ -157,7 +157,7 @@ def _install(model: nn.Module, rblock: RBlock) -> None:
         del vars(model)[MASKS]
         raise
     vars(model).pop("forward", None)  # at most the class's own, left there by Accelerate's unwrap_model
-    for path in conversion.guards.inlined:
+    for path in filter(None, conversion.guards.inlined):
         vars(model.get_submodule(path))[OWNER] = model
 
 

@@ -6,8 +6,7 @@ import inspect
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from rblock_fx.masks.methods import METHODS
 from rblock_fx.surgery.code import compile_function
 from rblock_fx.surgery.conversion import Conversion, Generated, RBlock
 from rblock_fx.surgery.trace import MASKS
-from rblock_fx.swap import Swapped, plain_slices, refuse_replaced, restore_class, unmasked
+from rblock_fx.swap import Swapped, guarded_methods, plain_slices, refuse_replaced, restore_class, unmasked
 
 
 class RBlockModel(Swapped):
@@ -31,10 +30,10 @@ class RBlockModel(Swapped):
         """A subclass of the model's own class, with its training forward."""
         original: Any = type(module)
         conversion: Conversion = vars(module)[MASKS].conversion
-        members = _guarded_methods(original, conversion)
+        members = guarded_methods(original)
         for name, generated in conversion.forwards.items():
             if name != "forward":
-                members[name] = _switching_method(getattr(original, name), generated, conversion)
+                members[name] = _switching_method(original, name, generated, conversion)
         members |= plain_slices(original) | {
             "forward": _switching_forward(original, conversion),
             "_rblock_original": original,
@@ -73,6 +72,7 @@ def _scriptable(self: Any) -> nn.Module:
             "for inference: torch.jit.script(model.eval())"
         )
     plain: nn.Module = copy.deepcopy(self)
+    vars(plain).pop("forward", None)  # that of a tool
     del vars(plain)[MASKS]
     for module in plain.modules():
         restore_class(module)
@@ -105,32 +105,34 @@ def _switching_forward(original: Any, conversion: Conversion) -> Callable[..., A
         f"    if self.training:\n"
         f"        rblock_check(self, {images}, dict({given}))\n"
         f"        return rblock_training_forward({', '.join(['self', *traced])})\n"
-        f"    return rblock_original_forward({', '.join(['self', *passed.values()])})\n"
+        f"    return rblock_original.forward({', '.join(['self', *passed.values()])})\n"
     )
     names = {
         "rblock_training_forward": _training_forward(original, conversion.forwards["forward"]),
-        "rblock_original_forward": original.forward,
+        "rblock_original": original,
         "rblock_check": functools.partial(_check, conversion),
     }
     forward = compile_function(source, names | defaults, f"forward of RBlock{original.__name__}")
+    forward.rblock_source = (original, "forward")  # type: ignore[attr-defined]
     forward.__doc__ = original.forward.__doc__
     forward.__annotations__ = dict(original.forward.__annotations__)
     return forward
 
 
-def _switching_method(original: Any, generated: Generated, conversion: Conversion) -> Callable[..., Any]:
+def _switching_method(original: Any, name: str, generated: Generated, conversion: Conversion) -> Callable[..., Any]:
     """A method that takes the images, as forward_features: in train mode the generated one."""
-    training_forward = _training_forward(original, generated)
+    training_forward = _training_forward(getattr(original, name), generated)
 
-    @functools.wraps(original)
+    @functools.wraps(getattr(original, name))
     def method(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
-            return original(self, x, *args, **kwargs)
+            return getattr(original, name)(self, x, *args, **kwargs)
         if args or kwargs:
-            raise unmasked(self, f"{original.__name__} with more arguments than the images")
+            raise unmasked(self, f"{name} with more arguments than the images")
         _check(conversion, self, x, {})
         return training_forward(self, x)
 
+    method.rblock_source = (original, name)  # type: ignore[attr-defined]
     return method
 
 
@@ -185,48 +187,6 @@ def _refuse_detector(name: str) -> None:
                 "the sub-models; use a method that does not double the batch: method='dropblock'"
             )
         frame = frame.f_back
-
-
-def _guarded_methods(original: Any, conversion: Conversion) -> dict[str, Any]:
-    """The other methods of a model, which in train mode must not run a site without its masks."""
-    members: dict[str, Any] = {}
-    for kind in original.__mro__:
-        if kind.__module__.split(".")[0] in ("torch", "builtins"):
-            continue
-        for name, function in vars(kind).items():
-            if isinstance(function, types.FunctionType) and not name.startswith("__"):
-                members.setdefault(name, _guarded(function, conversion))
-    return members
-
-
-def _guarded(function: types.FunctionType, conversion: Conversion) -> Callable[..., Any]:
-    name = function.__name__
-
-    @functools.wraps(function)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
-            return function(self, *args, **kwargs)
-        if name in conversion.maskless or (torch.compiler.is_compiling() and "forward" in name):
-            if name != "forward_head":
-                raise unmasked(self, f"{name}, which runs before the last mask,")
-            return function(self, *args, **kwargs)
-        with _sites_refused(self, conversion, name):
-            return function(self, *args, **kwargs)
-
-    return method
-
-
-@contextmanager
-def _sites_refused(model: nn.Module, conversion: Conversion, name: str) -> Iterator[None]:
-    def refuse(_module: nn.Module, _inputs: Any) -> None:
-        raise unmasked(model, f"{name}, which runs a site,")
-
-    handles = [model.get_submodule(site.path).register_forward_pre_hook(refuse) for site, _ in conversion.masks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def find_converted(model: nn.Module, call: str) -> tuple[Any, RBlock]:

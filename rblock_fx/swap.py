@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import types
 from collections import OrderedDict
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from rblock_fx.errors import ConversionError
+from rblock_fx.surgery.trace import MASKS
 
 # The converted model, in the attributes of the modules around its sites.
 OWNER = "_rblock_owner"
@@ -111,9 +113,49 @@ def _inlined_class(original: Any) -> Any:
             raise unmasked(self._rblock_owner, f"{original.__name__}, a module around a site,")
         return original.forward(self, *args, **kwargs)
 
-    forward.__wrapped__ = original.forward  # type: ignore[attr-defined]
+    forward.rblock_source = (original, "forward")  # type: ignore[attr-defined]
     members = {"forward": forward, "_rblock_original": original, "__module__": original.__module__}
-    return type(original.__name__, (Inlined, original), members | plain_slices(original))
+    return type(original.__name__, (Inlined, original), guarded_methods(original) | plain_slices(original) | members)
+
+
+def guarded_methods(original: Any) -> dict[str, Any]:
+    """The methods of a class, which in train mode must not run a site without its mask."""
+    names = {
+        name: None
+        for kind in original.__mro__
+        for name, function in vars(kind).items()
+        if isinstance(function, types.FunctionType) and name[:2] != "__" and kind.__module__.split(".")[0] != "torch"
+    }
+    return {name: _guarded(original, name) for name in names}
+
+
+def _guarded(original: Any, name: str) -> Any:
+    @functools.wraps(getattr(original, name))
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        function = getattr(original, name)  # the class may have been patched since
+        owner = vars(self).get(OWNER, self)
+        if not self.training or not owner.training or MASKS not in vars(owner):
+            return function(self, *args, **kwargs)
+        conversion = vars(owner)[MASKS].conversion
+        if name != "forward_head" and name in conversion.maskless:
+            raise unmasked(owner, f"{name}, which runs before the last mask,")
+        if torch.compiler.is_compiling():  # hooks cannot be registered while compiling
+            if "forward" in name:
+                raise unmasked(owner, name)
+            return function(self, *args, **kwargs)
+
+        def refuse(_module: nn.Module, _inputs: Any) -> None:
+            raise unmasked(owner, f"{name}, which runs a site,")
+
+        handles = [owner.get_submodule(site.path).register_forward_pre_hook(refuse) for site, _ in conversion.masks]
+        try:
+            return function(self, *args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    method.rblock_source = (original, name)  # type: ignore[attr-defined]
+    return method
 
 
 def plain_slices(original: Any) -> dict[str, Any]:

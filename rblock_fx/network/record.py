@@ -28,6 +28,7 @@ ROWS = 12 * PRIME
 
 _STACKS = ("cat", "stack", "repeat", "tile")
 _MIXES = ("flip", "roll", "index", "index_select", "gather", "sort", "cumsum", "_softmax", "_log_softmax")
+_ARITHMETIC = ("add", "sub", "rsub", "mul", "div", "pow", "remainder", "fmod")
 _FACTORIES = ("new_", "empty", "zeros", "ones", "full", "rand")
 
 
@@ -64,31 +65,19 @@ class Mixing:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModuleRun:
-    """One call of one module. Shapes are without the batch axis.
+    """One call of one module. Shapes are without the batch axis."""
 
-    Attributes:
-        path: qualified name of the module.
-        output: shape of the returned tensor; for a list or tuple, those of its items; None for anything else.
-        structure: for a list or tuple, its type and the structures of its items; otherwise None.
-        input_shape: shape of the first argument; None if that is not a tensor.
-        input_layout: where the batch is in the first tensor of its arguments.
-        values: numbers of the returned tensors.
-        first, last: its first operation, as an index into `Recorder.operations`, and one past its last.
-        flops_before, flops: FLOPs of the network until it was called, and until it returned.
-        own_flops: its FLOPs without those of the modules inside it.
-    """
-
-    path: str
-    output: Shape | list[Shape | None] | None
-    structure: "Structure"
-    input_shape: Shape | None
-    input_layout: Layout | None
-    values: tuple[int, ...]
-    first: int
-    last: int
-    flops_before: int
-    flops: int
-    own_flops: int
+    path: str  # qualified name
+    output: Shape | list[Shape | None] | None  # of the returned tensor; for a list or tuple, those of its items
+    structure: "Structure"  # for a list or tuple, its type and the structures of its items
+    input_shape: Shape | None  # of the first argument, if it is a tensor
+    input_layout: Layout | None  # of the first tensor of its arguments
+    values: tuple[int, ...]  # numbers of the returned tensors
+    first: int  # its first operation, as an index into `Recorder.operations`
+    last: int  # one past its last operation
+    flops_before: int  # FLOPs of the network until it was called
+    flops: int  # until it returned
+    own_flops: int  # its own, without those of the modules inside it
 
     @property
     def value(self) -> int:
@@ -160,16 +149,26 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether an operation on a paired batch relates samples to one another."""
         batch = max(layout.batch for layout in inputs)
         for tensor in results:
-            axes = [axis for axis, length in enumerate(tensor.shape) if length and length % PRIME == 0]
+            axes = _axes_of_batch(tensor.shape)
             if len(axes) > 1 or (axes == [0] and len(tensor) % batch and any(layout.is_rows for layout in inputs)):
                 return True
-        if name not in _MIXES or not isinstance(args[0], Tensor) or not results[0].shape or len(results[0]) != batch:
+        if name in _ARITHMETIC and any(_counts_rows(number) for number in _numbers_in(args)):
+            return True
+        if not args or not isinstance(args[0], Tensor):
+            return False
+        axes = _axes_of_batch(args[0].shape)
+        if any(kind in name for kind in ("conv", "pool", "upsample")):
+            return bool(axes) and axes[0] > 0
+        if name in ("native_layer_norm", "native_group_norm"):
+            return bool(_axes_of_batch(args[1] if name == "native_layer_norm" else args[4:5]))
+        if name not in _MIXES or not axes:
             return False
         if name == "index":  # x[rows] has a tensor in the first place
-            return bool(args[1]) and isinstance(args[1][0], Tensor) and id(args[1][0]) not in self._row_numbers
+            first = args[1][0] if args[1] else None
+            return axes[0] == 0 and isinstance(first, Tensor) and id(first) not in self._row_numbers
         rest = args[2] if name == "roll" and len(args) > 2 else args[1] if name != "roll" and len(args) > 1 else ()
         given = rest if isinstance(rest, list | tuple) else [rest]
-        return any(isinstance(axis, int) and axis % max(args[0].dim(), 1) == 0 for axis in given)
+        return any(isinstance(axis, int) and axis % args[0].dim() in axes for axis in given)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -232,7 +231,7 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 def _layout(name: str, shape: Shape, inputs: list[Layout]) -> Layout | None:
     """Where the batch is in a result, from its shape and the inputs' layouts."""
-    axes = [axis for axis, length in enumerate(shape) if length and length % PRIME == 0]
+    axes = _axes_of_batch(shape)
     if not axes:
         return None
     batch = max((layout.batch for layout in inputs), default=shape[0] if shape[0] in (ROWS, 2 * ROWS) else ROWS)
@@ -240,6 +239,16 @@ def _layout(name: str, shape: Shape, inputs: list[Layout]) -> Layout | None:
         return Layout(batch, False)
     in_order = all(layout.is_rows for layout in inputs) and name not in _STACKS
     return Layout(batch, shape[0] == batch or (shape[0] % batch == 0 and in_order))
+
+
+def _axes_of_batch(shape: Shape) -> list[int]:
+    return [axis for axis, length in enumerate(shape) if length and length % PRIME == 0]
+
+
+def _counts_rows(number: float) -> bool:
+    """Whether a number, or one over it, is a multiple of the number of rows."""
+    parts = (1 / number if 0 < abs(number) < 1 else number) / PRIME
+    return round(parts) != 0 and abs(parts - round(parts)) < 1e-9
 
 
 def _numbers_in(nested: Any) -> Iterator[float]:

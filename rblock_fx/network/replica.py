@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import random
 import sys
@@ -99,10 +100,19 @@ def _remove_side_effects(module: nn.Module) -> None:
             setattr(module, name, _without_data(tensor))
     if CHECKPOINTING in vars(module):
         setattr(module, CHECKPOINTING, False)
+    if isinstance(module, nn.RNNBase):  # the meta device runs it step by step in Python
+        vars(module)["forward"] = functools.partial(_run_short_sequence, module, type(module).forward)
     if isinstance(module, nn.SyncBatchNorm):
         vars(module)["forward"] = torch.empty_like  # its own communicates with the other processes
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
         module.momentum = 0.1  # otherwise its forward reads the counter of batches
+
+
+def _run_short_sequence(layer: nn.RNNBase, forward: Any, x: Tensor, *args: Any) -> Any:
+    steps = x.shape[1 if layer.batch_first and x.dim() == 3 else 0]
+    if steps > 4096:
+        raise RuntimeError(f"a recurrent layer runs over {steps} steps, probably the batch: set batch_first=True")
+    return forward(layer, x, *args)
 
 
 def is_torch_hook(hook: object) -> bool:

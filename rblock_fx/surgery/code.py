@@ -38,7 +38,7 @@ class TrainingForward:
     @property
     def readable(self) -> str:
         """The source without the statements that free memory."""
-        return _RELEASE.sub("", self.source)
+        return _RELEASE.sub("", self.source).strip()
 
     def compile(self, owner: str) -> Callable[..., Any]:
         """Make the function."""

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import enum
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -21,13 +22,16 @@ from rblock_fx.surgery.code import TrainingForward
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, enum.Enum)
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
 _SEQUENCES = (list, tuple, set, frozenset, collections.deque)
-_DEPTH, _ITEMS = 4, 1000
+_DEPTH, _ITEMS = 8, 10_000
 
 CHILDREN = "_modules"
 MODES: dict[Any, Callable[[], Any]] = {
     torch.is_grad_enabled: torch.is_grad_enabled,
     torch.is_inference_mode_enabled: torch.is_inference_mode_enabled,
     torch.is_autocast_enabled: lambda: (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
+    torch.is_autocast_cpu_enabled: lambda: torch.is_autocast_enabled("cpu"),
+    torch.get_autocast_dtype: lambda: (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")),
+    torch.get_default_dtype: torch.get_default_dtype,
 }
 
 
@@ -37,32 +41,34 @@ class Missing(enum.Enum):
     ATTRIBUTE = "no attribute"
 
 
-def snapshot(value: Any, depth: int = _DEPTH) -> Any:
+def snapshot(value: Any, depth: int = _DEPTH, exact: bool = False) -> Any:
     """The plain numbers, names and functions inside a value, as data that compares and pickles.
 
-    Tensors and modules count by their type: the generated forward reads them from the model each time.
+    Tensors and modules count by their type: the generated forward reads them from the model each time. If `exact`, they
+    count by their identity and version, which shows that something was written into.
     """
     if isinstance(value, _PLAIN):
         return type(value), value if value == value else "nan"
-    if isinstance(value, FUNCTIONS):
-        return value
     if isinstance(value, types.MethodType):
-        return getattr(value.__func__, "__wrapped__", value.__func__)
+        return snapshot(value.__func__)
+    if isinstance(value, FUNCTIONS):
+        return getattr(*value.rblock_source) if hasattr(value, "rblock_source") else inspect.unwrap(value)
     if depth == 0 or isinstance(value, Tensor | nn.Module | fx.Proxy):
-        return type(value)
+        return (id(value), value._version if isinstance(value, Tensor) else 0) if exact else type(value)
     if isinstance(value, Mapping):
         items = list(value.items())[:_ITEMS]
-        return type(value), len(value), [(snapshot(key), snapshot(item, depth - 1)) for key, item in items]
+        return type(value), len(value), [(snapshot(key), snapshot(item, depth - 1, exact)) for key, item in items]
     if isinstance(value, _SEQUENCES):
         items = sorted(value, key=repr) if isinstance(value, set | frozenset) else list(value)[:_ITEMS]
-        return type(value), len(value), [snapshot(item, depth - 1) for item in items]
+        return type(value), len(value), [snapshot(item, depth - 1, exact) for item in items]
     if isinstance(value, functools.partial):
-        return value.func, snapshot((value.args, value.keywords), depth - 1)
+        return snapshot(value.func), snapshot((value.args, value.keywords), depth - 1, exact)
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return type(value), snapshot(value.tolist(), depth - 1)
-    source = type(value).__module__.split(".")[0]
-    if hasattr(value, "__dict__") and (source not in {*sys.stdlib_module_names, "torch"} or source == "types"):
-        return type(value), snapshot(vars(value), depth)
+    if type(value).__module__.split(".")[0] not in {*sys.stdlib_module_names, "torch"} - {"types", "argparse"}:
+        slots = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ()) if name[:2] != "__"]
+        fields = {name: getattr(value, name, None) for name in slots} | getattr(value, "__dict__", {})
+        return type(value), snapshot(fields, depth, exact)
     return type(value)
 
 
@@ -91,7 +97,10 @@ class Setting:
     def read(self, model: nn.Module) -> Any:
         """The snapshot of its present value."""
         if self.is_global:
-            return snapshot(getattr(sys.modules.get(self.owner), self.name, Missing.ATTRIBUTE))
+            value: Any = sys.modules.get(self.owner)
+            for name in self.name.split("."):
+                value = getattr(value, name, Missing.ATTRIBUTE)
+            return snapshot(value)
         module = model.get_submodule(self.owner)
         if self.name == CHILDREN:
             return tuple(module._modules)
@@ -123,9 +132,13 @@ class Guards:
                 module = model.get_submodule(path)
             except AttributeError:
                 raise _changed(path, "is missing") from None
-            if forward_of(module) is not forward:
-                raise _changed(path, "has another forward")
-            refuse_hooks(module, path)
+            kind: Any = type(module)
+            # Tools patch the forward of the whole model (Accelerate); theirs calls the class's.
+            present = forward_of(module) if path else snapshot(kind._rblock_original.forward)
+            if present is not forward:
+                raise _changed(path or type(module).__name__, "has another forward")
+            if path:
+                refuse_hooks(module, path)
         for setting in self.settings:
             if setting.read(model) != setting.expected:
                 raise _changed(setting.label, "has changed")
@@ -138,9 +151,8 @@ class Guards:
 
 
 def forward_of(module: nn.Module) -> Any:
-    """The function that a call of the module runs."""
-    own = vars(module).get("forward", type(module).forward)
-    return getattr(getattr(own, "__func__", own), "__wrapped__", getattr(own, "__func__", own))
+    """The function that a call of the module runs, without a conversion's."""
+    return snapshot(vars(module).get("forward", type(module).forward))
 
 
 def refuse_hooks(module: nn.Module, path: str) -> None:

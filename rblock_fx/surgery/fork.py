@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rblock_fx.network.record import PRIME, ROWS, Layout, Recorder
+from rblock_fx.network.record import PRIME, ROWS, Layout, Mixing, Recorder
 from rblock_fx.network.replica import Shape, meta_batch, tensors_in
 
 # How a value changes with the batch: not at all; a tensor by rows (the batch is axis 0, or its outer part); a number
@@ -73,6 +73,9 @@ class Probe(fx.Interpreter):
         flops_before = recorder.flops
         value = self.env[n.all_input_nodes[0]] if batch == 0 else super().run_node(n)
         if batch:
+            layout = recorder.layouts.get(id(self.env[n.all_input_nodes[0]]))
+            if batch > ROWS and not (layout is not None and layout.is_rows):
+                recorder.mixings.append(Mixing(None, "a mask on rows in another order", n.name))
             recorder.follow(value, Layout(batch, True))
         self.values[n] = value
         self.node_flops[n] = recorder.flops - flops_before

@@ -195,7 +195,7 @@ def trace_forward(replica: nn.Module, sites: Sequence[Site], survey: Survey) -> 
     watch = tracer.watch = Watch(replica, tracer.ancestors, tracer.follow_method)
     parameters = list(inspect.signature(replica.forward).parameters.values())
     defaults = {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
-    inlined = {path: forward_of(module) for module, path in tracer.ancestors.items() if path}
+    inlined = {path: forward_of(module) for module, path in tracer.ancestors.items()}
     replica.train()
     try:
         with random_state_kept(), torch.enable_grad(), tracer.checkpoints.noticed(False):

@@ -18,7 +18,7 @@ from rblock_fx.network.replica import CHECKPOINTING
 from rblock_fx.surgery.conversion import CHILDREN, FUNCTIONS, MODES, Missing, Setting, snapshot
 
 _LIBRARIES = {"torch", "rblock_fx", *sys.stdlib_module_names}
-_NOT_VARIABLES = (types.ModuleType, nn.Module, Tensor, Missing, *FUNCTIONS)
+_NOT_VARIABLES = (types.ModuleType, nn.Module, Missing, *FUNCTIONS)
 _DESCRIPTORS = (property, classmethod, staticmethod, functools.cached_property)
 _OF_EVERY_MODULE = set(vars(nn.Module())) - {"training", CHILDREN}
 _SKIPPED = {"__class__", "__dict__", CHECKPOINTING} | _OF_EVERY_MODULE
@@ -46,7 +46,7 @@ class Watch:
         self._codes: set[types.CodeType] = set()
         # Code can reach the attributes of a class without a read that is seen: type(self).log.append(x).
         self._of_classes = {
-            (path, name): (value, snapshot(value))
+            (path, name): (value, snapshot(value, exact=True))
             for module, path in ancestors.items()
             for kind in type(module).__mro__
             for name, value in vars(kind).items()
@@ -80,12 +80,12 @@ class Watch:
         for (path, name), (value, before) in self._of_classes.items():
             self._variables[f"class of {path}", name] = value, before
             if name in names and not isinstance(value, _DESCRIPTORS):
-                self.settings.setdefault((path, name), Setting(path, name, before))
+                self.settings.setdefault((path, name), Setting(path, name, snapshot(value)))
         for setting in self.settings.values():
             if setting.read(self.replica) != setting.expected:
                 raise RuntimeError(f"it writes into {setting.label!r}, which the generated forward would not do")
         for (_, name), (value, before) in self._variables.items():
-            if snapshot(value) != before:
+            if snapshot(value, exact=True) != before:
                 raise RuntimeError(f"it writes into {name!r}, which the generated forward would not do")
 
     def start(self) -> None:
@@ -156,18 +156,30 @@ class Watch:
                 self._note_variables(frame)
 
     def _note_variables(self, frame: types.FrameType) -> None:
-        owner = frame.f_globals.get("__name__", "")
-        for name in _global_names(frame.f_code):
+        """Note the global names of code, the attributes that it may read of classes and modules, and free variables."""
+        owner, code = frame.f_globals.get("__name__", ""), frame.f_code
+        is_known = getattr(sys.modules.get(owner), "__dict__", None) is frame.f_globals
+        for name in _global_names(code):
             value = frame.f_globals.get(name, Missing.ATTRIBUTE)
-            if isinstance(value, _NOT_VARIABLES):
-                continue
-            self._variables[owner, name] = value, snapshot(value)
-            if getattr(sys.modules.get(owner), "__dict__", None) is frame.f_globals:
-                self.settings[f"global {owner}", name] = Setting(owner, name, snapshot(value), is_global=True)
-        for name in frame.f_code.co_freevars:
-            value = frame.f_locals.get(name)
-            if not isinstance(value, _NOT_VARIABLES):
-                self._variables[str(id(frame.f_code)), name] = value, snapshot(value)
+            self._note_variable(owner, name, value, is_known)
+            if isinstance(value, types.ModuleType) and not _is_library(value.__name__):
+                for attribute in vars(value).keys() & {*code.co_names}:
+                    self._note_variable(value.__name__, attribute, vars(value)[attribute], True)
+            elif isinstance(value, type) and not _is_library(value.__module__):
+                for attribute in {name for kind in value.__mro__ for name in vars(kind)} & {*code.co_names}:
+                    self._note_variable(owner, f"{name}.{attribute}", getattr(value, attribute), is_known)
+        for name in code.co_freevars:
+            self._note_variable(str(id(code)), name, frame.f_locals.get(name), False)
+
+    def _note_variable(self, owner: str, name: str, value: Any, is_known: bool) -> None:
+        is_function = isinstance(value, types.FunctionType)
+        if is_function and (_is_library(value.__module__) or "<" in value.__qualname__):
+            return
+        if not is_function and isinstance(value, _NOT_VARIABLES + _DESCRIPTORS):
+            return
+        self._variables[owner, name] = value, snapshot(value, exact=True)
+        if is_known and not isinstance(value, Tensor):
+            self.settings[f"global {owner}", name] = Setting(owner, name, snapshot(value), is_global=True)
 
 
 class GuardedProxy(fx.Proxy):
