@@ -1,8 +1,6 @@
 """Compare a converted model with the plain network in real numbers."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -74,11 +72,14 @@ def verify(model: nn.Module, images: Tensor) -> VerifyReport:
     parts = METHODS[rblock.conversion.method].parts
     first = next((p for p in converted.parameters() if p.is_floating_point()), images)
     images = images.detach().to(first.device, first.dtype)
+    is_double = images.dtype == torch.float32 and images.device.type != "mps"
     with random_state_kept(), torch.enable_grad():
         evaluation = _compare_evaluation(converted, images)
-        return VerifyReport(
-            (evaluation, *_compare_training(converted, images, parts), *_measure_rates(converted, images))
-        )
+        try:
+            training = _compare_training(converted, images, parts, torch.float64 if is_double else images.dtype)
+        except RuntimeError:  # the network makes tensors of a dtype of its own
+            training = _compare_training(converted, images, parts, images.dtype)
+        return VerifyReport((evaluation, *training, *_measure_rates(converted, images)))
 
 
 def _compare_evaluation(model: nn.Module, images: Tensor) -> tuple[str, str]:
@@ -87,10 +88,8 @@ def _compare_evaluation(model: nn.Module, images: Tensor) -> tuple[str, str]:
         with WithoutRandomness():
             expected = plain(images.clone())
     except Exception as error:
-        raise SettingError(
-            f"verify: the plain network does not run on images {tuple(images.shape)}: {type(error).__name__}: "
-            f"{first_line(error)}"
-        ) from error
+        shape = tuple(images.shape)
+        raise SettingError(f"verify: the plain network does not run on images {shape}: {first_line(error)}") from error
     with WithoutRandomness():
         output = twin(images.clone())
     _compare(output, expected, 1, 0.0, "evaluation")
@@ -98,21 +97,19 @@ def _compare_evaluation(model: nn.Module, images: Tensor) -> tuple[str, str]:
     return "evaluation", "equal to the plain network, bit for bit"
 
 
-def _compare_training(model: nn.Module, images: Tensor, parts: int) -> list[tuple[str, str]]:
+def _compare_training(model: nn.Module, images: Tensor, parts: int, dtype: torch.dtype) -> list[tuple[str, str]]:
     """At drop rate 0 both sub-models are the plain network."""
     plain, twin = _plain(model).train(), _twin(model).train()
     for path, module in model.named_modules():  # frozen layers stay frozen
         plain.get_submodule(path).training = twin.get_submodule(path).training = module.training or not model.training
     plain.training = twin.training = True
-    if images.dtype == torch.float32 and images.device.type != "mps":
-        plain, twin, images = plain.double(), twin.double(), images.double()
+    plain, twin, images = plain.to(dtype), twin.to(dtype), images.to(dtype)
     set_drop_prob(twin, 0.0)
     before = {path: tensor.clone() for path, tensor in plain.named_buffers()}
-    with WithoutRandomness(), _batch_norm_inputs(plain) as inputs:
-        expected = plain(images.clone())
-    with WithoutRandomness(), _batch_norm_inputs(twin) as twin_inputs:
-        output = twin(images.clone())
-    tolerance = 1e-5 if images.dtype in (torch.float32, torch.float64) else 2e-2
+    inputs, twin_inputs = _batch_norm_inputs(plain), _batch_norm_inputs(twin)
+    with WithoutRandomness():
+        expected, output = plain(images.clone()), twin(images.clone())
+    tolerance = 1e-5 if dtype.itemsize >= 4 else 2e-2
     difference = _compare(output, expected, parts, tolerance, "training at drop rate 0")
     _compare_state(twin, plain, "training")
     norms = 0
@@ -172,10 +169,7 @@ _OF_EVERY_MODULE = set(vars(nn.Module())) | {"forward"}
 def _compare_statistics(
     path: str, layer: Any, twin: Any, before: dict[str, Tensor], counts: list[int], twin_counts: list[int]
 ) -> bool:
-    """Compare the running statistics of a layer that ran once with the formula for 2N rows; False if it does not apply.
-
-    With a share m of the batch: running = (1 - m) * running + m * batch, the variance unbiased over its n values.
-    """
+    """Compare the statistics of a layer that ran once with (1 - m) * running + m * batch, if that applies."""
     m = layer.momentum
     is_half = layer.running_mean.dtype.itemsize < 4
     if len(counts) != 1 or m is None or not layer.training or counts[0] < 2 or is_half:
@@ -184,18 +178,14 @@ def _compare_statistics(
     for name in ("running_mean", "running_var"):
         old = before[f"{path}.{name}" if path else name].double()
         batch = (getattr(layer, name).double() - (1 - m) * old) / m
-        if isinstance(twin, Halved):
-            expected = (1 - m) ** 2 * old + (1 - (1 - m) ** 2) * batch
-        elif twin_counts == [2 * n]:
-            unbiased = (n - 1) / n * 2 * n / (2 * n - 1) if name == "running_var" else 1.0
-            expected = (1 - m) * old + m * unbiased * batch
-        else:
-            expected = (1 - m) * old + m * batch
+        share = 1 - (1 - m) ** 2 if isinstance(twin, Halved) else m
+        is_doubled = name == "running_var" and twin_counts == [2 * n] and not isinstance(twin, Halved)
+        unbiased = (n - 1) / n * 2 * n / (2 * n - 1) if is_doubled else 1.0
+        expected = (1 - share) * old + share * unbiased * batch
         difference = (getattr(twin, name).double() - expected).abs().max()
         if not difference <= 1e-4 * expected.abs().max().clamp(min=1e-6):
             raise VerificationError(
-                f"verify: {name} of {path!r} is off the formula for its rows by {difference:.2g}; the layer sees other "
-                "rows than the plain network's"
+                f"verify: {name} of {path!r} is off the formula by {difference:.2g}; the layer sees other rows"
             )
     return True
 
@@ -246,9 +236,8 @@ def _plain(model: nn.Module) -> nn.Module:
     return plain
 
 
-@contextlib.contextmanager
-def _batch_norm_inputs(model: nn.Module) -> Iterator[dict[str, list[int]]]:
-    """Record how many values of a channel each batch norm sees in each of its calls."""
+def _batch_norm_inputs(model: nn.Module) -> dict[str, list[int]]:
+    """How many values of a channel each batch norm sees in each call; filled by hooks when the model runs."""
     counts: dict[str, list[int]] = {}
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm):
@@ -257,4 +246,4 @@ def _batch_norm_inputs(model: nn.Module) -> Iterator[dict[str, list[int]]]:
                 counts.setdefault(path, []).append(inputs[0].numel() // layer.num_features)
 
             module.register_forward_pre_hook(record)
-    yield counts
+    return counts

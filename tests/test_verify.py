@@ -131,7 +131,7 @@ FAULTS = {
     "N rows": (with_half_the_rows, r"training at drop rate 0 returns Tensor of \[\(4, 5\)\], expected .*\(8, 5\)"),
     "mask not called": (with_a_skipped_mask, "the mask 'b' is not called in a training forward"),
     "write": (with_a_write, "the converted model writes 'seen' differently"),
-    "statistics": (with_statistics_of_one_half, "running_var of 'norm' is off the formula for its rows"),
+    "statistics": (with_statistics_of_one_half, "running_var of 'norm' is off the formula"),
     "rate": (with_another_rate, r"the mask 'b' drops 0\.0% of a sub-model's activations, expected 20\.0%"),
 }
 

@@ -27,7 +27,7 @@ PRIME = 997
 ROWS = 12 * PRIME
 
 _STACKS = ("cat", "stack", "repeat", "tile")
-_MIXES = ("flip", "roll", "index", "index_select", "gather", "sort", "cumsum", "_softmax", "_log_softmax")
+_MIXES = ("flip", "roll", "index_select", "gather", "sort", "cumsum", "_softmax", "_log_softmax")
 _ARITHMETIC = ("add", "sub", "rsub", "mul", "div", "pow", "remainder", "fmod")
 _FACTORIES = ("new_", "empty", "zeros", "ones", "full", "rand")
 
@@ -75,8 +75,8 @@ class ModuleRun:
     values: tuple[int, ...]  # numbers of the returned tensors
     first: int  # its first operation, as an index into `Recorder.operations`
     last: int  # one past its last operation
-    flops_before: int  # FLOPs of the network until it was called
-    flops: int  # until it returned
+    flops_before: int  # FLOPs of the network until it was called; `flops`, until it returned
+    flops: int
     own_flops: int  # its own, without those of the modules inside it
 
     @property
@@ -109,8 +109,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._numbers[id(tensor)] = len(self._alive)
         self._alive.append(tensor)
         self.layouts.pop(id(tensor), None)
-        if layout is not None:
-            self.layouts[id(tensor)] = layout
+        self.layouts |= {id(tensor): layout} if layout is not None else {}
         return len(self._alive) - 1
 
     def number_of(self, tensor: Tensor) -> int:
@@ -130,19 +129,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func._schema.is_mutable and inputs:
             self.changed[inputs[0].untyped_storage()._cdata] = self.position
         found = [_layout(name, tuple(tensor.shape), layouts) for tensor in results]
-        paired = not self.is_quiet and layouts and results and max(layout.batch for layout in layouts) > ROWS
-        if (
-            paired
-            and not name.startswith(_FACTORIES)
-            and (not any(found) or self._is_mixed(name, args, results, layouts))
-        ):
+        paired = layouts and results and max(layout.batch for layout in layouts) > ROWS
+        is_checked = paired and not self.is_quiet and not name.startswith(_FACTORIES)
+        if is_checked and (not any(found) or self._is_mixed(name, args, results, layouts)):
             self.mixings.append(Mixing(self._running[-1][0] if self._running else None, name, self.node))
         self._row_numbers.update(id(tensor) for tensor in results if name == "arange")
-        if known or any(found):
-            writes = tuple(map(self.follow, results, found))
+        writes = tuple(map(self.follow, results, found)) if known or any(found) else ()
+        if known:
             shapes = tuple(tuple(tensor.shape) for tensor in results)
-            if known:
-                self.operations.append(Operation(name, tuple(_numbers_in((args, kwargs))), reads, writes, shapes))
+            self.operations.append(Operation(name, tuple(_numbers_in((args, kwargs))), reads, writes, shapes))
         return result
 
     def _is_mixed(self, name: str, args: Any, results: list[Tensor], inputs: list[Layout]) -> bool:
@@ -150,36 +145,32 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         batch = max(layout.batch for layout in inputs)
         for tensor in results:
             axes = _axes_of_batch(tensor.shape)
-            if len(axes) > 1 or (axes == [0] and len(tensor) % batch and any(layout.is_rows for layout in inputs)):
+            is_split = any(tensor.shape[axis] % batch for axis in axes)
+            if len(axes) > 1 or (is_split and any(layout.is_rows for layout in inputs)):
                 return True
         if name in _ARITHMETIC and any(_counts_rows(number) for number in _numbers_in(args)):
             return True
-        if not args or not isinstance(args[0], Tensor):
-            return False
-        axes = _axes_of_batch(args[0].shape)
-        if any(kind in name for kind in ("conv", "pool", "upsample")):
+        axes = _axes_of_batch(args[0].shape) if args and isinstance(args[0], Tensor) else []
+        if not axes or any(kind in name for kind in ("conv", "pool", "upsample")):
             return bool(axes) and axes[0] > 0
         if name in ("native_layer_norm", "native_group_norm"):
             return bool(_axes_of_batch(args[1] if name == "native_layer_norm" else args[4:5]))
-        if name not in _MIXES or not axes:
-            return False
         if name == "index":  # x[rows] has a tensor in the first place
-            first = args[1][0] if args[1] else None
+            first = args[1][0]
             return axes[0] == 0 and isinstance(first, Tensor) and id(first) not in self._row_numbers
-        rest = args[2] if name == "roll" and len(args) > 2 else args[1] if name != "roll" and len(args) > 1 else ()
+        place = 2 if name == "roll" else 1
+        rest = args[place] if name in _MIXES and len(args) > place else ()
         given = rest if isinstance(rest, list | tuple) else [rest]
         return any(isinstance(axis, int) and axis % args[0].dim() in axes for axis in given)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Record while the context is open, with one hook for all modules: one for each takes longer than a forward."""
-        before, after = register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(register_module_forward_pre_hook(self._enter).remove)
+            stack.callback(register_module_forward_hook(self._leave).remove)
             with dry_run(), self:
                 yield
-        finally:
-            before.remove()
-            after.remove()
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         if module in self._paths:
@@ -220,8 +211,7 @@ def record_forward(replica: nn.Module, input_size: Shape) -> tuple[Recorder, Any
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     formula = flop_registry.get(func.overloadpacket)
-    # The registered formula maps shapes over a pytree first, which takes longer than the operation.
-    raw = getattr(formula, "__wrapped__", None)
+    raw = getattr(formula, "__wrapped__", None)  # without mapping shapes over a pytree first, which takes long
     if formula is None:
         return 0
     if raw is None or kwargs or not isinstance(result, Tensor):
