@@ -63,7 +63,8 @@ def measure(options: argparse.Namespace) -> list[harness.Row]:
             row: harness.Row = {"model": name, "method": method, "batch": batch}
             row |= {"input_size": list(settings.input_size), **step.measure()}
             if method in SITES:
-                site, is_head = step.first_site()
+                first = describe(step.model).sites[0]
+                site, is_head = first.path, first.is_head
                 if site not in ideals:
                     torch.manual_seed(options.seed)
                     ideals[site] = Step(name, "plain", batch, options.device).ideal(site, is_head)
@@ -115,11 +116,6 @@ class Step:
         rest = sum(life.size for life in live.lives if life.operation == "fixed")
         kept = sum(life.size for life in live.alive_after(live.forward_events)) - rest
         return {"peak": live.peak(), "allocator": rest + beyond, "rest": rest, "activations": kept}
-
-    def first_site(self) -> tuple[str, bool]:
-        """Path of the first module whose output is masked; of the classifier, whose input is masked, for a head."""
-        site = describe(self.model).sites[0]
-        return site.path.removesuffix(" (input)"), getattr(site, "is_head", site.path.endswith(" (input)"))
 
     def ideal(self, site: str, is_head: bool) -> harness.Row:
         """Peak and activations of a plain step if all tensors made after the site existed twice."""

@@ -1,7 +1,4 @@
-"""The networks that are trained, the ways to train them that are compared, and a network that is one mask.
-
-The networks are timm's own, at less than their usual resolution so that a step takes seconds on one core.
-"""
+"""The networks that are trained, timm's at a low resolution; the ways to train them; and a network that is one mask."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,21 +17,13 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Benchmarked:
-    """A network and its training data.
-
-    Attributes:
-        create: returns it with random weights.
-        input_size: shape of one image.
-        classes: number of classes.
-        batch: images in a step on a CPU.
-        last_two: its last two stages.
-    """
+    """A network with random weights, and its training data."""
 
     create: Callable[[], nn.Module]
     input_size: tuple[int, int, int]
     classes: int
-    batch: int
-    last_two: tuple[str, str]
+    batch: int  # images in a step on a CPU
+    last_two: tuple[str, str]  # stages
 
 
 def _timm(name: str, side: int, batch: int, *last_two: str) -> Benchmarked:

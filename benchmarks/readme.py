@@ -30,9 +30,8 @@ def fill(text: str) -> str:
     for name, table in build_tables().items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
         if begin in text:
-            before, rest = text.split(begin)
-            _, after = rest.split(end)
-            text = before + begin + table + end + after
+            before, after = text.split(begin)
+            text = before + begin + table + end + after.split(end)[1]
     return text
 
 

@@ -70,17 +70,15 @@ def examine_structure(name: str) -> Line:
         return line | {"status": "refused", "error": f"{type(error).__name__}: {error}"[:160]}
     converted = time.process_time()
     made = describe(model)
-    maps = [
-        (site, mask, getattr(mask, "place", None)) for site in made.sites for mask in getattr(site, "masks", (site,))
-    ]
     return line | {
         "status": "converted",
         "seconds": round(converted - listed, 3),
         "seconds_listing": round(listed - start, 3),
         "stages": [site.path for site in sites],
         "sites": [
-            [site.path if place is None else f"{site.path}[{place}]", list(mask.shape), site.channel_axis]
-            for site, mask, place in maps
+            [site.path if mask.place is None else f"{site.path}[{mask.place}]", list(mask.shape), site.channel_axis]
+            for site in made.sites
+            for mask in site.masks
         ],
         "cost": round(made.cost, 4),
         "cost_before": round(min(site.cost_before for site in made.sites), 4),

@@ -15,12 +15,6 @@ from benchmarks.harness import RESULTS
 LINES = RESULTS / "zoo.jsonl"
 SUMMARY = RESULTS / "zoo.json"
 CHECKS = ("eval_equal", "keys_equal", "rows_doubled", "halves_differ", "gradients_equal", "gradients_finite")
-IN_WORDS = {
-    "eval_equal": "evaluation is the plain network's bit for bit",
-    "rows_doubled": "training returns 2N rows",
-    "gradients_equal": "the same parameters get gradients",
-    "undropped_error_up_to_1e-4": "both halves are the plain output at drop rate 0",
-}
 
 Line = dict[str, Any]
 
@@ -80,15 +74,14 @@ def undropped_error(numbers: Line) -> float:
 
 
 def count_in_words(summary: Line) -> str:
-    """The counts of a summary as sentences for the READMEs."""
+    """The counts of a summary in words."""
     status, weighted = summary["status"], summary["with_weights"]
-    run = weighted["architectures"]
-    equal = ", ".join(f"{text} in {weighted[check]}" for check, text in IN_WORDS.items())
     words = (
         f"Of {summary['architectures_tried']:,} architectures of timm and torchvision, {status['converted']:,} convert "
         f"and {status['refused']} are refused; {summary['timm_with_maps_converted']} of timm's "
-        f"{summary['timm_with_maps']} whose stages return feature maps convert (`benchmarks/results/zoo.json`, commit "
-        f"{', '.join(summary['commits'])}). {run} were run with weights: {equal}."
+        f"{summary['timm_with_maps']} with feature maps convert (`benchmarks/results/zoo.json`, commits "
+        f"{', '.join(summary['commits'])}). {weighted['architectures']} were run with weights; "
+        f"{len(weighted['exceptions'])} of them failed a check."
     )
     return textwrap.fill(words, 120) + "\n"
 
@@ -99,8 +92,7 @@ def markdown(lines: list[Line]) -> str:
     for line in lines:
         families[line["family"]].append(line)
     rows = ["| family | tried | converted | with weights | cost | seconds |", "|---|---|---|---|---|---|"]
-    for family in sorted(families):
-        members = families[family]
+    for family, members in sorted(families.items()):
         converted = [line for line in members if line["status"] == "converted"]
         costs = [line["cost"] for line in converted]
         seconds = [line["seconds"] for line in converted]
