@@ -145,11 +145,12 @@ class Watch:
 
     def _see(self, frame: types.FrameType, event: str, argument: Any) -> None:
         """Profile function: note global names when Python code starts, and switches of torch when it asks for them."""
-        if event == "c_call" and type(argument) is types.BuiltinFunctionType and argument in MODES:
-            if not _is_library_code(frame):
+        if event == "c_call":
+            owner = argument.__self__ if type(argument) is types.BuiltinFunctionType else None
+            if isinstance(owner, random.Random):
+                self.draws |= not argument.__name__.startswith(("get", "set"))
+            elif type(owner) is types.ModuleType and argument in MODES and not _is_library_code(frame):
                 self.modes.setdefault(argument.__name__, MODES[argument]())
-        elif event == "c_call" and isinstance(getattr(argument, "__self__", None), random.Random):
-            self.draws |= not argument.__name__.startswith(("get", "set"))
         elif event == "call" and frame.f_code not in self._codes:
             self._codes.add(frame.f_code)
             if not _is_library_code(frame):
