@@ -1,8 +1,8 @@
-"""What can go wrong, by what the user has to change."""
+"""The errors of the package, named by the part that the user has to change."""
 
 
 class RBlockError(ValueError):
-    """Anything that rblock_fx refuses; the message says what, where, got, expected, and a call that works."""
+    """Base of all errors; the message names the call, the place, what was expected and got, and a call that works."""
 
 
 class SettingError(RBlockError):
@@ -10,11 +10,11 @@ class SettingError(RBlockError):
 
 
 class SiteError(RBlockError):
-    """A site is unknown, never runs, or is no feature map."""
+    """A site is unknown, never runs, or does not return a feature map."""
 
 
 class ConversionError(RBlockError):
-    """The model cannot be converted (or un-converted) as it stands."""
+    """The model cannot be converted, or a conversion cannot be removed."""
 
 
 class PairError(RBlockError):
@@ -26,9 +26,9 @@ class RBlockWarning(UserWarning):
 
 
 class VerificationError(RBlockError):
-    """A converted model does not compute what the plain network does."""
+    """A converted model differs from the plain network."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, without its pages of advice."""
+    """The first line of another library's error, without its advice."""
     return str(error).splitlines()[0] if str(error) else ""

@@ -60,7 +60,7 @@ class Description:
         sites: the sites in forward order.
         cost: FLOPs of a training step over those of the plain model.
         early_fork_reason: why the batch doubles at the input; None where it doubles at the first mask.
-        code: the generated training forward, in which self is the model.
+        code: the generated training forward; self is the model.
     """
 
     model: str

@@ -91,7 +91,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, replica: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []  # an in-place operation makes a new value
-        self.runs: list[ModuleRun] = []  # in the order in which they returned
+        self.runs: list[ModuleRun] = []  # in order of return
         self.flops = 0
         self.layouts: dict[int, Layout] = {}  # by the id of a tensor, if it has the batch
         self.changed: dict[int, int] = {}  # the last position at which each storage was changed in place
@@ -202,7 +202,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def record_forward(replica: nn.Module, input_size: Shape) -> tuple[Recorder, Any]:
-    """Record a forward on ROWS samples; returns the recorder, in which value 0 is the input, and the output."""
+    """Record a forward on ROWS samples; returns the recorder (value 0 is the input) and the output."""
     recorder, x = Recorder(replica), meta_batch(replica, ROWS, input_size)
     recorder.follow(x, Layout(ROWS, True))
     with recorder.recording():

@@ -25,7 +25,7 @@ _RELEASE = re.compile(r";  (\w+ = )+None(?=\s*(#.*)?$)", re.MULTILINE)
 
 @dataclasses.dataclass(frozen=True)
 class TrainingForward:
-    """A generated forward(self, x), in which self is the original model.
+    """A generated forward(self, x); self is the original model.
 
     Attributes:
         source: Python source.

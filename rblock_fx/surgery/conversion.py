@@ -77,7 +77,7 @@ class Setting:
     """A plain value that the traced forward read.
 
     Attributes:
-        owner: path of the module of which it is an attribute; the name of a Python module for a global name.
+        owner: path of the module that has the attribute; for a global name, the name of its Python module.
         name: the attribute or the global name.
         expected: its snapshot.
         is_global: whether it is a global name.
@@ -200,7 +200,7 @@ class Conversion:
         batch_norm: "joint" or "per_submodel".
         input_size: shape of one sample.
         masks: each site, in forward order, with the names of its masks under `model.rblock`.
-        order: for each of them, its place in the order in which the user named the sites.
+        order: for each of them, its place in the user's order.
         forwards: the generated training forwards by the name of the method: "forward", often "forward_features".
         maskless: the methods that the forward calls before its last mask, which have no training forward.
         specialised: the optional arguments of the forward, with the defaults that the graph takes for granted.

@@ -114,7 +114,7 @@ class Fork:
     """Where the batch of a graph doubles.
 
     Attributes:
-        masks: the mask calls at which it doubles.
+        masks: the mask calls that double it.
         copies: the nodes that double a value of the unpaired batch.
         reason: why the batch doubles at the input; None where it doubles at the first mask.
     """
@@ -138,7 +138,7 @@ def fork_batch(graph: fx.Graph, masks: set[fx.Node], plain: Probe) -> Fork:
     Args:
         graph: the graph with its masks.
         masks: the calls of the masks.
-        plain: a probe of the graph in which the masks are skipped.
+        plain: a probe of the graph that skips the masks.
     """
     try:
         _walk(graph, masks, plain, Fork(), edit=False)
